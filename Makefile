@@ -1,0 +1,42 @@
+# Two commands do everything: `make quickstart` and `make test`. Both set up their own .venv first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+QUICKSTART ?= full
+# Small CPU matrices gain nothing from many threads, and ranks share the cores.
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup quickstart test check lint types contracts clean
+
+setup: $(STAMP)
+
+# torch first and pinned: any looser request would fetch gigabytes of device libraries.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+quickstart: setup
+	$(BIN)/python -m launch.quickstart size=$(QUICKSTART)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+types: setup
+	$(BIN)/mypy
+
+contracts: setup
+	$(BIN)/lint-imports
+
+check: lint types contracts
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not multi_gpu"
+
+test: lint types contracts
+	$(BIN)/python -m pytest -q -m "not gpu and not multi_gpu"
+
+clean:
+	rm -rf outputs build dist .pytest_cache .mypy_cache .ruff_cache

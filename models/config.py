@@ -1,0 +1,188 @@
+"""What a model is: shapes, layer pattern, positions, spiking. Plain typed values; no tensors, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+from models.layer_pattern import FfnKind, LayerPattern, MixerKind
+
+STRICT: dict[str, Any] = {"extra": "forbid"}
+"""Every config dataclass refuses unknown keys when it is validated from a mapping."""
+
+
+class RopeType(Enum):
+    """How rotary angles are scaled (the field's `rope_type` words)."""
+
+    default = "default"
+    linear = "linear"
+    llama3 = "llama3"
+    yarn = "yarn"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding of the softmax mixers; the linear mixer has none."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    theta: float = 1_000_000.0
+    type: RopeType = RopeType.default
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearAttentionConfig:
+    """The gated linear mixer `L` (SpikingBrain report, section 2.2 and equations 10-11)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    gate_low_rank_dim: int = 16
+    gate_logit_normalizer: float = 16.0
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """One decoder-only language model. `mixers` and `ffns` are pattern strings, one symbol a layer."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mixers: str
+    ffns: str
+    qkv_bias: bool = False
+    output_bias: bool = False
+    ffn_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 131_072
+    window_tokens: int | None = None
+    window_includes_self: bool = True
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    linear: LinearAttentionConfig = field(default_factory=LinearAttentionConfig)
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+            "num_key_value_heads", "head_dim",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads: got {self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary pairs channels.")
+        mixers = LayerPattern.parse_mixers(self.mixers)
+        ffns = LayerPattern.parse_ffns(self.ffns)
+        if len(mixers) != len(ffns):
+            raise ValueError(
+                f"ffns ({self.ffns}: {len(ffns)} layers) must have as many layers as mixers "
+                f"({self.mixers}): got {len(mixers)}. Change one of the two patterns."
+            )
+        uses_window = any(MixerKind.sliding_window in layer for layer in mixers)
+        if uses_window and (self.window_tokens is None or self.window_tokens < 1):
+            raise ValueError(
+                f"window_tokens ({self.window_tokens}) must be at least 1 because mixers "
+                f"({self.mixers}) has S layers. Set model.window_tokens."
+            )
+
+    @property
+    def layers(self) -> LayerPattern:
+        """The parsed pattern."""
+        return LayerPattern(
+            mixers=LayerPattern.parse_mixers(self.mixers), ffns=LayerPattern.parse_ffns(self.ffns)
+        )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.layers.mixers)
+
+    @property
+    def visible_window_tokens(self) -> int | None:
+        """Keys an `S` query sees, itself included.
+
+        With `window_includes_self` (default, report Eq. 2) that is `window_tokens`; without it one
+        more, which is the 4097-key convention of the public inference code.
+        """
+        if self.window_tokens is None:
+            return None
+        return self.window_tokens + (0 if self.window_includes_self else 1)
+
+    @property
+    def is_plain_transformer(self) -> bool:
+        """Whether every layer is full or windowed softmax attention with a dense FFN."""
+        return all(
+            mixer in ((MixerKind.full,), (MixerKind.sliding_window,)) and ffn is FfnKind.dense
+            for mixer, ffn in zip(self.layers.mixers, self.layers.ffns, strict=True)
+        )
+
+
+class NeuronKind(Enum):
+    """Which spiking neuron sits at the inputs of projections."""
+
+    off = "off"
+    adaptive = "adaptive"
+
+
+class ThresholdGrad(Enum):
+    """Whether the adaptive threshold is a constant in the backward pass."""
+
+    detached = "detached"
+    through = "through"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpikingConfig:
+    """Adaptive-threshold spiking and its schedule over optimizer steps.
+
+    Before `start_step` activations are continuous. From there k moves linearly from `k_start`
+    (`k` when null) to `k` over `anneal_steps`, and the spiked value is blended in over
+    `blend_steps`. `max_count` clips counts (null: no clip, as in the report).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    neuron: NeuronKind = NeuronKind.off
+    k: float = 3.0
+    k_start: float | None = None
+    start_step: int = 0
+    anneal_steps: int = 0
+    blend_steps: int = 0
+    max_count: int | None = None
+    threshold_grad: ThresholdGrad = ThresholdGrad.detached
+    statistics_interval_steps: int = 10
+    statistics_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("k", "k_start"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} ({value}) must be above 0: the threshold is mean|x| / k.")
+        if self.max_count is not None and self.max_count < 1:
+            raise ValueError(
+                f"max_count ({self.max_count}) must be at least 1, or null for no clip."
+            )

@@ -1,0 +1,139 @@
+"""The command line: what composes, and one clear error for everything that does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.compose import (
+    ConfigError,
+    compose_mapping,
+    drop_launcher_arguments,
+    flat_keys,
+    help_text,
+    load_config,
+    schema_tree,
+)
+from models.config import NeuronKind
+from parallel.config import Precision
+from training.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(*overrides: str) -> RunConfig:
+    return load_config("train", RunConfig, list(overrides))
+
+
+def test_the_default_is_smoke() -> None:
+    config = load()
+    assert config.experiment == "smoke"
+    assert config.run_dir == "outputs/smoke"
+    assert config.training.precision is Precision.fp64
+    assert config.spiking.neuron is NeuronKind.adaptive
+
+
+def test_overrides_reach_typed_values_and_keys_absent_from_yaml() -> None:
+    config = load("spiking=off", "optimizer.beta2=0.99", "model.linear.norm_eps=1e-5")
+    assert config.spiking.neuron is NeuronKind.off
+    assert config.optimizer.beta2 == 0.99
+    assert config.model.linear.norm_eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("parallel.shrad=none", ["parallel.shrad", "parallel.shard"]),
+        ("nonsense=1", ["nonsense", "--help"]),
+        ("experiment=smokee", ["experiment (smokee)", "smoke_fp32", "Did you mean"]),
+        ("spiking=of", ["spiking (of)", "adaptive, off"]),
+        ("training.precision=fp8", ["training.precision (fp8)", "fp64, fp32 or bf16"]),
+        ("training.microbatch_rows=two", ["training.microbatch_rows", "'two'", "integer"]),
+        ("training.microbatch_rows=0", ["training.microbatch_rows (0)", "at least 1"]),
+        ("stages.main.steps=2.5", ["stages.main.steps", "2.5", "integer"]),
+        ("stages.main.global_batch_tokens=1000", ["1000", "sequence_length", "896", "1024"]),
+        ("parallel.tp=2", ["parallel.tp (2)", "not in this release"]),
+        ("parallel.pp=2", ["parallel.pp (2)", "not in this release"]),
+        ("parallel.cp=2", ["parallel.cp (2)", "not in this release"]),
+        ("parallel.ep=2", ["parallel.ep (2)", "not in this release"]),
+        ("parallel.dp=0", ["parallel.dp (0)", "at least 1"]),
+        ("parallel.sequence_parallel=true", ["parallel.sequence_parallel", "not in this release"]),
+        ("engine=deepspeed", ["engine (deepspeed)", "not in this release"]),
+        ("engine.zero=1", ["engine.zero (1)", "parallel.shard"]),
+        ("training.recompute=selective", ["training.recompute (selective)", "every_n"]),
+        ("model.mixers=LX", ["mixers", "'X'"]),
+        ("model.num_key_value_heads=3", ["num_attention_heads (8)", "3"]),
+        ("model.ffns=d*3", ["ffns (d*3", "3 layers", "4"]),
+        ("model.window_tokens=null", ["window_tokens (None)", "S layers"]),
+        ("spiking.k=0", ["k (0", "above 0"]),
+        ("'a b'", []),
+    ],
+)
+def test_a_wrong_command_line_is_one_clear_error(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(override)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_all_wrong_values_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("training.precision=fp8", "spiking.k=0")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_missing_required_key_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size must be set"):
+        load("model=null")
+
+
+def test_the_schema_tree_lists_every_key_once() -> None:
+    tree = schema_tree(RunConfig)
+    assert tree["model"]["vocab_size"] == "???"
+    assert tree["training"]["precision"] == "fp32"
+    keys = list(flat_keys(RunConfig))
+    assert len(keys) == len(set(keys))
+    assert "stages.*.lr" in keys
+
+
+def test_launcher_arguments_are_dropped() -> None:
+    given = ["--local_rank=0", "--local-rank", "1", "seed=2"]
+    assert drop_launcher_arguments(given) == ["seed=2"]
+
+
+def test_help_names_groups_and_defaults_and_hides_what_is_not_there_yet() -> None:
+    text = help_text("train", RunConfig, "Train.")
+    assert "spiking: adaptive, off" in text
+    assert "microbatch_rows: 1" in text
+    for later in ("sequence_parallel", "virtual_stages", "zero"):
+        assert later not in text
+
+
+def test_model_group_choices_keep_their_parents_values() -> None:
+    raw = compose_mapping("train", RunConfig, ["model=spikingbrain_7b"])
+    assert raw["model"]["hidden_size"] == 3584
+    assert raw["model"]["mixers"] == "[L S]*14"
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.train", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_exit_status_and_streams_of_a_real_process(tmp_path: Path) -> None:
+    wrong = launch("parallel.shrad=none", f"run_dir={tmp_path / 'never'}")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: parallel.shrad is not a known key")
+    assert "Traceback" not in wrong.stderr
+    assert not (tmp_path / "never").exists()
+    shown = launch("--cfg", "job", "experiment=smoke_fp32")
+    assert shown.returncode == 0
+    assert "precision: fp32" in shown.stdout
+    helped = launch("--help")
+    assert helped.returncode == 0
+    assert "python -m launch.train key=value" in helped.stdout

@@ -1,0 +1,202 @@
+"""The whole of a run as one typed tree; each node builds one object. Typed values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+from data.config import DataConfig
+from models.config import ModelConfig, SpikingConfig
+from parallel.config import BackendName, EngineConfig, ParallelConfig, Precision, Recompute
+
+STRICT: dict[str, Any] = {"extra": "forbid"}
+
+
+class OptimizerName(Enum):
+    """Update rule."""
+
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """Update rule, clipping and parameter groups.
+
+    `freeze` holds shell patterns over parameter names. `new_parameter_lr_factor` multiplies the
+    learning rate of parameters that conversion added (gates, head norms).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    name: OptimizerName = OptimizerName.adamw
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    new_parameter_lr_factor: float = 1.0
+    freeze: list[str] = field(default_factory=list)
+
+
+class ScheduleKind(Enum):
+    """Shape of the learning rate over a stage."""
+
+    constant = "constant"
+    cosine = "cosine"
+    warmup_stable_decay = "warmup_stable_decay"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Learning rate over the steps of a stage: warm-up, then the shape, down to `min_lr_factor`."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    kind: ScheduleKind = ScheduleKind.cosine
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    min_lr_factor: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """One stretch of the curriculum. `data` and `schedule` null are the run's."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    sequence_length: int
+    steps: int
+    global_batch_tokens: int
+    lr: float
+    schedule: ScheduleConfig | None = None
+    data: DataConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "steps", "global_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
+        rows, rest = divmod(self.global_batch_tokens, self.sequence_length)
+        if rest:
+            raise ValueError(
+                f"global_batch_tokens ({self.global_batch_tokens}) must be a multiple of "
+                f"sequence_length: got {self.sequence_length}. "
+                f"Use {max(rows, 1) * self.sequence_length} or {(rows + 1) * self.sequence_length}."
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of `sequence_length` tokens in one optimizer step, all ranks."""
+        return self.global_batch_tokens // self.sequence_length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """Precision, microbatches, recomputation and length.
+
+    `max_steps` stops the run early without changing any schedule; above the stages' sum the last
+    stage goes on at its final learning rate. `loss_chunk_tokens` bounds the memory of the loss.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    precision: Precision = Precision.fp32
+    microbatch_rows: int = 1
+    recompute: Recompute = Recompute.none
+    recompute_every: int = 1
+    max_steps: int | None = None
+    loss_chunk_tokens: int = 1024
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("microbatch_rows", "recompute_every", "loss_chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} ({getattr(self, name)}) must be at least 1.")
+        if self.recompute is Recompute.selective:
+            raise ValueError(
+                "training.recompute (selective) is not in this release. Use none, full or every_n."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitConfig:
+    """Where weights come from: a checkpoint (weights only), or random from the run's seed."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay. The last step is always saved."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    interval_steps: int = 100
+    keep_last: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Held-out perplexity in the loop; `interval_steps` 0 is never."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    interval_steps: int = 0
+    rows: int = 16
+
+
+class WandbMode(Enum):
+    """Where wandb writes."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    """Metrics sinks besides `metrics.jsonl`, and how often a line is printed."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    wandb: WandbMode = WandbMode.offline
+    project: str = "synfire"
+    interval_steps: int = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything `launch.train` needs; written resolved to `config.yaml` in the run folder."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    experiment: str
+    run_dir: str
+    model: ModelConfig
+    stages: dict[str, StageConfig]
+    seed: int = 1
+    backend: BackendName = BackendName.auto
+    spiking: SpikingConfig = field(default_factory=SpikingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages must have at least one entry. Add stages.main or a preset.")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps the run makes: the stages' sum, or `training.max_steps`."""
+        configured = sum(stage.steps for stage in self.stages.values())
+        return configured if self.training.max_steps is None else self.training.max_steps
