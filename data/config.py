@@ -29,7 +29,8 @@ class DataConfig:
     """Prepared data of a run or of one stage.
 
     `path` names one prepared folder; `mixture` maps prepared folders to weights instead. With
-    neither, `corpus` is prepared on first use. `prefetch_steps` batches are built ahead in a thread.
+    neither, `corpus` is prepared on first use. `prefetch_steps` batches are built ahead in a
+    thread.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT

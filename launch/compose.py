@@ -1,4 +1,4 @@
-"""From a command line to one typed config: Hydra composes `conf/`, pydantic checks every key and value.
+"""From a command line to one typed config: Hydra composes `conf/`, pydantic checks the values.
 
 Owns the command-line surface (`--help`, `--cfg job`, overrides, multirun, exit status, the form of
 errors). Knows nothing about what a command does.
@@ -88,7 +88,7 @@ def compose_mapping(name: str, schema: type[Any], overrides: list[str]) -> dict[
     try:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name=name):
             return _plain(compose(_root(name), overrides=overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain_hydra(error, schema, overrides)) from error
 
 
@@ -212,9 +212,7 @@ def _root(name: str) -> str:
     return "config" if name == "train" else name
 
 
-def _run_hydra_main(
-    name: str, schema: type[Any], run: Callable[[dict[str, Any]], None]
-) -> None:
+def _run_hydra_main(name: str, schema: type[Any], run: Callable[[dict[str, Any]], None]) -> None:
     """Hydra's own entry, for its flags (`--cfg`, `--multirun`, ...)."""
     _register(name, schema)
     sys.argv[1:] = drop_launcher_arguments(sys.argv[1:])
@@ -273,9 +271,7 @@ def _explain_hydra(error: Exception, schema: type[Any], overrides: list[str]) ->
     if missing:
         group, choice = missing.groups()
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        return (
-            f"{group} ({choice}) must be one of {', '.join(options)}.{_nearest(choice, options)}"
-        )
+        return f"{group} ({choice}) must be one of {', '.join(options)}.{_nearest(choice, options)}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if "set env" not in line and "full_key" not in line)
 

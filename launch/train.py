@@ -11,7 +11,7 @@ from training.run import run
 
 
 def model_from_checkpoint(raw: dict[str, Any]) -> dict[str, Any]:
-    """With `model=null` the model is the one of `init.checkpoint`."""
+    """With `model=from_checkpoint` the model is the one of `init.checkpoint`."""
     source = raw["init"]["checkpoint"]
     if source is not None and "vocab_size" not in raw["model"]:
         return {**raw, "model": checkpoint_model(source)}

@@ -1,4 +1,4 @@
-"""What a model is: shapes, layer pattern, positions, spiking. Plain typed values; no tensors, no I/O."""
+"""What a model is: shapes, layer pattern, positions, spiking. Typed values; no tensors, no I/O."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class LinearAttentionConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """One decoder-only language model. `mixers` and `ffns` are pattern strings, one symbol a layer."""
+    """One decoder-only language model; `mixers` and `ffns` are patterns, one symbol a layer."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 

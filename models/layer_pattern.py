@@ -1,7 +1,7 @@
 """Pattern strings: which mixer and which FFN each layer has. Parsed here and nowhere else.
 
-`F` full softmax attention, `S` sliding window, `L` gated linear, `_` none; `X+Y` two branches on one
-input; `d` dense FFN, `e` mixture of experts; `[...]*n` and `x*n` repeat. Blanks only separate.
+`F` full softmax attention, `S` sliding window, `L` gated linear, `_` none; `X+Y` two branches on
+one input; `d` dense FFN, `e` mixture of experts; `[...]*n` and `x*n` repeat. Blanks only separate.
 SpikingBrain-7B is `[L S]*14` with `d*28`.
 """
 
@@ -57,7 +57,7 @@ class LayerPattern:
     def describe(self) -> str:
         """One readable line: mixers, then FFNs, runs compressed."""
         letters = ["+".join(kind.value for kind in layer) or "_" for layer in self.mixers]
-        return f"mixers {_compress(letters)} | ffns {_compress([f.value for f in self.ffns])}"
+        return f"mixers {compress(letters)} | ffns {compress([f.value for f in self.ffns])}"
 
 
 def _expand(pattern: str, field: str) -> list[str]:
@@ -98,7 +98,7 @@ def _mixers(symbol: str, pattern: str) -> Mixers:
     unknown = [letter for letter in symbol.split("+") if letter not in known]
     if unknown:
         raise ValueError(
-            f"mixers ({pattern!r}) must use F, S, L, _ and X+Y, repeated by [...]*n: got {symbol!r}."
+            f"mixers ({pattern!r}) must use F, S, L, _, X+Y and [...]*n: got {symbol!r}."
         )
     branches = tuple(known[letter] for letter in symbol.split("+"))
     if len(branches) > 2 or len(set(branches)) != len(branches):
@@ -115,8 +115,8 @@ def _ffn(symbol: str, pattern: str) -> FfnKind:
     return known[symbol]
 
 
-def _compress(letters: list[str]) -> str:
-    """Shortest of plain runs and one whole-pattern period."""
+def compress(letters: list[str]) -> str:
+    """The pattern string of one symbol a layer: one repeated period if there is one, else runs."""
     for period in range(1, len(letters) // 2 + 1):
         times, rest = divmod(len(letters), period)
         if not rest and letters == letters[:period] * times:

@@ -10,7 +10,7 @@ STRICT: dict[str, Any] = {"extra": "forbid"}
 
 
 class Shard(Enum):
-    """What data-parallel ranks share out: nothing, gradients and optimizer state, or parameters too."""
+    """What data-parallel ranks share out: nothing, gradients and moments, or parameters too."""
 
     none = "none"
     gradients = "gradients"
@@ -43,7 +43,7 @@ class BackendName(Enum):
 
 
 class Precision(Enum):
-    """Compute dtype. Master weights, reduction and optimizer state are float32 (float64 for fp64)."""
+    """Compute dtype. Master weights, reduction and moments are float32 (float64 for fp64)."""
 
     fp64 = "fp64"
     fp32 = "fp32"
@@ -64,7 +64,7 @@ _NOT_YET = "is not in this release. Leave it at {default}."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """Sizes of the mesh axes pp, dp, cp, tp (tp innermost); `dp` null is derived from the world size."""
+    """Sizes of the mesh axes pp, dp, cp, tp (tp innermost); `dp` null is the world size."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 

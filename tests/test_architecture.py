@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows: device words, mirrored tests, folders without surprises."""
+"""Rules of the house that no linter knows: device words, file sizes, folders without surprises."""
 
 from __future__ import annotations
 

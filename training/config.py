@@ -50,7 +50,10 @@ class ScheduleKind(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Learning rate over the steps of a stage: warm-up, then the shape, down to `min_lr_factor`."""
+    """Learning rate over the steps of a stage: warm-up, then the shape, down to `min_lr_factor`.
+
+    `decay_steps` null is all steps after warm-up (cosine) or the last fifth (warmup_stable_decay).
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -121,11 +124,17 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitConfig:
-    """Where weights come from: a checkpoint (weights only), or random from the run's seed."""
+    """Where weights come from: a checkpoint (weights only), or random from the run's seed.
+
+    `new` and `unused` hold shell patterns over parameter names that only the model, or only the
+    checkpoint, may have; any other such name is an error.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     checkpoint: str | None = None
+    new: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

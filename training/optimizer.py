@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
-from parallel.engine import ParamGroup
+from parallel.engine_protocol import ParamGroup
 from training.config import OptimizerConfig
 
 logger = logging.getLogger(__name__)

@@ -46,7 +46,7 @@ class StagePlan:
         return self.stages[-1].end_step
 
     def stage_of(self, step: int) -> Stage:
-        """Return the stage of the step that follows `step` finished ones (the last one at the end)."""
+        """Return the stage of the step after `step` finished ones; at the end, the last stage."""
         for stage in self.stages:
             if step < stage.end_step:
                 return stage
@@ -101,9 +101,7 @@ def check_rows(plan: StagePlan, *, dp_size: int, microbatch_rows: int) -> None:
             continue
         below, above = rows // unit * unit, -(-rows // unit) * unit
         tokens = " or ".join(str(valid * length) for valid in (below, above) if valid)
-        fitting = [
-            size for size in range(1, rows // dp_size + 1) if rows % (dp_size * size) == 0
-        ]
+        fitting = [size for size in range(1, rows // dp_size + 1) if rows % (dp_size * size) == 0]
         other = (
             f", or training.microbatch_rows to one of {fitting}"
             if fitting

@@ -47,10 +47,10 @@ class Spikes:
 
 
 def mean_abs(x: Tensor) -> Tensor:
-    """Mean of |x| over the last dim, `[..., D]` to `[..., 1]`, in at least float32, in one pass."""
+    """Mean of |x| over the last dim, `[..., D]` to `[..., 1]`, in at least float32."""
+    # Twice as fast on CPU as vector_norm(ord=1), one pass more on a GPU.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    total: Tensor = torch.linalg.vector_norm(x, ord=1, dim=-1, keepdim=True, dtype=dtype)
-    return total / x.shape[-1]
+    return x.abs().mean(dim=-1, keepdim=True, dtype=dtype)
 
 
 class AdaptiveThreshold(nn.Module):

@@ -45,23 +45,23 @@ class SpikeRecorder:
             raise ValueError(f"num_tokens ({num_tokens}) must be at least 1: nothing is sampled.")
         self.num_tokens = num_tokens
         self._sums: dict[str, Tensor] = {}
-        self._is_paused = False
+        self.is_paused = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Ignore records inside, as a recomputed forward pass needs; nests."""
-        before, self._is_paused = self._is_paused, True
+        before, self.is_paused = self.is_paused, True
         try:
             yield
         finally:
-            self._is_paused = before
+            self.is_paused = before
 
     @torch.no_grad()
     def record_activations(
         self, layer_site: str, x: Tensor, threshold: Tensor, *, max_count: int | None = None
     ) -> None:
         """Sample tokens of x `[..., D]` with thresholds `[..., 1]` and record their counts."""
-        if self._is_paused:
+        if self.is_paused:
             return
         sampled, thresholds = self._sample(x), self._sample(threshold)
         self._accumulate(layer_site, torch.div(sampled, thresholds).round_(), max_count)
@@ -69,7 +69,7 @@ class SpikeRecorder:
     @torch.no_grad()
     def record(self, layer_site: str, counts: Tensor, *, max_count: int | None = None) -> None:
         """Sample tokens of `[..., D]` unclipped counts and add them to the sums of one site."""
-        if not self._is_paused:
+        if not self.is_paused:
             self._accumulate(layer_site, self._sample(counts).clone(), max_count)
 
     def tensors(self) -> dict[str, Tensor]:

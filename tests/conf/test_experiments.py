@@ -13,7 +13,7 @@ from models.model import Model
 from training.config import RunConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+MODELS = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - {"from_checkpoint"})
 
 
 def load(*overrides: str) -> RunConfig:

@@ -1,0 +1,202 @@
+"""`python -m launch.convert`: a Hugging Face folder to a Synfire checkpoint with a certificate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, load_tokenizer
+from launch.compose import command
+from launch.convert_config import ConvertConfig
+from launch.sample_text import SampleSizes, SampleText, read_sample
+from models.config import ModelConfig, SpikingConfig
+from models.conversion.attention_transfer import (
+    AlignmentOptions,
+    Fitted,
+    check_key_bias,
+    fit_new_parameters,
+)
+from models.conversion.certificate import build_certificate, compare_numerically
+from models.conversion.convert import TargetTensor, plan_conversion
+from models.conversion.huggingface import SafetensorsFolder, copy_tokenizer, write_json
+from models.conversion.new_parameters import NormInit
+from models.conversion.source_checks import becomes_linear
+from models.conversion.source_config import read_config, read_format
+from models.layer_pattern import LayerPattern
+from models.layouts import is_new_parameter
+from parallel.boxes import LazyTensor
+from parallel.checkpoint import save_streamed
+
+logger = logging.getLogger(__name__)
+
+CERTIFICATE = "certificate.json"
+
+
+@command("convert", ConvertConfig)
+def main(config: ConvertConfig) -> None:
+    """Convert a Hugging Face folder to a Synfire checkpoint with a certificate.
+
+    source=DIR out=DIR imports a model as it is; model=NAME or mixers='[L S]*n' window_tokens=W
+    make it another architecture. Streams tensor by tensor.
+    """
+    convert(config)
+
+
+def convert(config: ConvertConfig) -> dict[str, Any]:
+    """Convert; returns the certificate.
+
+    Raises:
+        ValueError: a source or target that does not fit, before anything large is read.
+        CheckpointError: the checkpoint could not be written.
+    """
+    source = SafetensorsFolder(config.source)
+    base = read_config(source.config)
+    target = target_model(config, base)
+    check_key_bias(target, config.options)
+    plan_conversion(source, target, config.options)  # refuses what does not fit, reads nothing
+    tokenizer = find_tokenizer(source.path)
+    text = _sample(config, tokenizer)
+    fitted = _fit(config, source, target, text)
+    plan = plan_conversion(source, target, config.options, fitted=fitted.values)
+    numeric = None
+    if text is not None and config.certificate.numeric:
+        numeric = compare_numerically(source, target, plan, text.evaluation, progress=_report)
+    certificate = build_certificate(
+        source, target, config.options, plan, alignment=fitted.alignment, numeric=numeric
+    )
+    _write(config, source, target, plan, certificate, tokenizer)
+    _log(config, certificate)
+    return certificate
+
+
+def target_model(config: ConvertConfig, base: ModelConfig) -> ModelConfig:
+    """The model to convert to: named, or the source's own, with the pattern changed."""
+    target = base if config.model is None else config.model
+    changes: dict[str, Any] = {}
+    if config.mixers is not None:
+        layers = len(LayerPattern.parse_mixers(config.mixers))
+        changes |= {"mixers": config.mixers, "ffns": f"d*{layers}"}
+    for name in ("window_tokens", "window_includes_self"):
+        if getattr(config, name) is not None:
+            changes[name] = getattr(config, name)
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(target, name) is None:
+            changes[name] = getattr(base, name)
+    return dataclasses.replace(target, **changes)
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """The folder's tokenizer; None, with a warning, when there is none that can be read."""
+    if not any((folder / name).is_file() for name in (JSON_FILE, MODEL_FILE)):
+        logger.warning("%s has no %s or %s: no tokenizer.", folder, JSON_FILE, MODEL_FILE)
+        return None
+    try:
+        return load_tokenizer(folder)
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def _sample(config: ConvertConfig, tokenizer: Tokenizer | None) -> SampleText | None:
+    if config.text is None:
+        return None
+    sizes = SampleSizes(config.sequence_length, config.text_tokens, config.align.tokens)
+    return read_sample(Path(config.text), sizes, tokenizer=tokenizer, seed=config.seed)
+
+
+def _fit(
+    config: ConvertConfig,
+    source: SafetensorsFolder,
+    target: ModelConfig,
+    text: SampleText | None,
+) -> Fitted:
+    """What sample text decides; warns about what stays undecided without it."""
+    if not any(becomes_linear(read_config(source.config), target)):
+        return Fitted()
+    if text is None:
+        if config.norm_init is NormInit.calibrated:
+            logger.warning(
+                "norm_init (calibrated) has no effect without sample text: head norms start at "
+                "ones, and step 0 is far worse. Set text=DIR."
+            )
+        return Fitted()
+    alignment = None
+    if text.alignment is not None:
+        how = AlignmentOptions(
+            learning_rate=config.align.learning_rate,
+            rows_per_step=config.align.rows_per_step,
+            epochs=config.align.epochs,
+        )
+        alignment = (how, text.alignment)
+    return fit_new_parameters(
+        source, target, config.options, text.calibration, alignment=alignment, progress=_report
+    )
+
+
+def _write(  # noqa: PLR0913 - everything that a checkpoint consists of
+    config: ConvertConfig,
+    source: SafetensorsFolder,
+    target: ModelConfig,
+    plan: list[TargetTensor],
+    certificate: dict[str, Any],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Stream the checkpoint, with tokenizer and certificate beside the tensors."""
+
+    def add_files(folder: Path) -> None:
+        copy_tokenizer(source.path, folder / "tokenizer")
+        write_json(folder / CERTIFICATE, certificate)
+
+    facts = None
+    if tokenizer is not None:
+        facts = {
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+    manifest = {
+        "model": TypeAdapter(ModelConfig).dump_python(target, mode="json"),
+        "pattern": target.layers.describe(),
+        "spiking": TypeAdapter(SpikingConfig).dump_python(SpikingConfig(), mode="json"),
+        "step": 0,
+        "stage": None,
+        "stage_step": 0,
+        "tokens": 0,
+        "seed": config.seed,
+        "tokenizer": facts,
+        "new_parameters": [tensor.name for tensor in plan if is_new_parameter(tensor.name)],
+        "source": {"path": str(source.path), "format": read_format(source.config).value},
+        "versions": {"torch": torch.__version__},
+    }
+    lazy = [LazyTensor(f"model/{t.name}", t.shape, t.dtype, t.load) for t in plan]
+    save_streamed(Path(config.out), lazy, manifest, add_files=add_files)
+
+
+def _report(what: str, done: int, total: int) -> None:
+    logger.info("%s layer %d/%d", what, done, total)
+
+
+def _log(config: ConvertConfig, certificate: dict[str, Any]) -> None:
+    origins = ", ".join(
+        f"{count} {kind}" for kind, count in certificate["origins"].items() if count
+    )
+    unused = certificate["source"]["unused_tensors"]
+    logger.info("wrote %s: %s, %d unused source tensors", config.out, origins, len(unused))
+    numeric = certificate["numeric"]
+    if numeric["skipped"]:
+        logger.info("the numeric part of the certificate was skipped")
+    else:
+        logger.info(
+            "perplexity %s, logit KL %.4g nats", json.dumps(numeric["perplexity"]),
+            numeric["logit_kl"],
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

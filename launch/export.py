@@ -1,0 +1,150 @@
+"""`python -m launch.export`: a checkpoint becomes a Hugging Face folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from launch.compose import command
+from models.config import STRICT, NeuronKind, SpikingConfig
+from models.conversion.config_keys import Format
+from models.conversion.convert import plan_conversion
+from models.conversion.export import MAX_SHARD_BYTES, export_folder
+from models.conversion.huggingface import SafetensorsFolder, TensorEntry
+from models.conversion.source_config import read_format
+from models.conversion.target_config import choose_format, write_config
+from parallel.checkpoint import tensor_dtypes
+from training.weights import MODEL, WeightSource, open_weights
+
+logger = logging.getLogger(__name__)
+
+
+class ExportFormat(Enum):
+    """What to write; `auto` is the base's own format, or the first that can hold the model."""
+
+    auto = "auto"
+    qwen2 = "qwen2"
+    qwen3 = "qwen3"
+    llama = "llama"
+    mistral = "mistral"
+    gla_swa = "gla_swa"
+
+
+class ExportDtype(Enum):
+    """Dtype of the written tensors; `keep` leaves each as it is stored."""
+
+    keep = "keep"
+    float64 = "float64"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """An export. `checkpoint` is a run folder, one checkpoint or a Hugging Face folder."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    checkpoint: str
+    out: str
+    format: ExportFormat = ExportFormat.auto
+    dtype: ExportDtype = ExportDtype.keep
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        if self.max_shard_bytes < 1:
+            raise ValueError(f"max_shard_bytes ({self.max_shard_bytes}) must be at least 1.")
+
+
+@command("export", ExportConfig)
+def main(config: ExportConfig) -> None:
+    """Write a checkpoint as a Hugging Face folder, tensor by tensor.
+
+    Plain Transformers get their base's own format, L/S models the public gla_swa format.
+    """
+    export(config)
+
+
+def export(config: ExportConfig) -> Format:
+    """Export; returns the format that was written.
+
+    Raises:
+        ValueError: a checkpoint that cannot be read, a model that no format holds, `out` in use.
+    """
+    source = open_weights(config.checkpoint)
+    format = _format(config, source)
+    spiking = _spiking(source)
+    write_config(source.model, format, dtype=torch.float32, spiking=spiking)  # refuses early
+    if spiking is not None and spiking.neuron is not NeuronKind.off:
+        logger.warning(
+            "spiking (%s, k = %g) is noted in config.json: the format has no neurons.",
+            spiking.neuron.value, spiking.k,
+        )  # fmt: skip
+    export_folder(
+        entries(source, config.dtype),
+        source.model,
+        Path(config.out),
+        format=format,
+        tokenizer=source.tokenizer_folder,
+        spiking=spiking,
+        max_shard_bytes=config.max_shard_bytes,
+    )
+    logger.info(
+        "wrote %s in the %s format: %d tensors", config.out, format.value, len(source.shapes)
+    )
+    return format
+
+
+def entries(source: WeightSource, dtype: ExportDtype) -> list[TensorEntry]:
+    """Every weight of a checkpoint as an entry that loads it when it is written."""
+    loads: Mapping[str, Callable[[], Tensor]]
+    if source.manifest is None:
+        folder = SafetensorsFolder(source.path)
+        plan = plan_conversion(folder, source.model)
+        stored = {tensor.name: tensor.dtype for tensor in plan}
+        loads = {tensor.name: tensor.load for tensor in plan}
+    else:
+        dtypes = tensor_dtypes(source.path)
+        stored = {name: dtypes[MODEL + name] for name in source.shapes}
+        loads = {name: _reader(source, name) for name in source.shapes}
+    chosen = None if dtype is ExportDtype.keep else getattr(torch, dtype.value)
+    return [
+        TensorEntry(name, tuple(shape), chosen or stored[name], loads[name])
+        for name, shape in source.shapes.items()
+    ]
+
+
+def _reader(source: WeightSource, name: str) -> Callable[[], Tensor]:
+    return lambda: next(iter(source.read([name])))[1]
+
+
+def _format(config: ExportConfig, source: WeightSource) -> Format:
+    if config.format is not ExportFormat.auto:
+        return Format[config.format.value]
+    return choose_format(source.model, preferred=_base_format(source))
+
+
+def _base_format(source: WeightSource) -> Format | None:
+    """The format that the weights were imported from, as far as anyone wrote it down."""
+    if source.manifest is None:
+        return read_format(SafetensorsFolder(source.path).config)
+    base = source.manifest.get("source")
+    return Format[base["format"]] if base else None
+
+
+def _spiking(source: WeightSource) -> SpikingConfig | None:
+    raw = None if source.manifest is None else source.manifest.get("spiking")
+    return None if raw is None else TypeAdapter(SpikingConfig).validate_python(raw)
+
+
+if __name__ == "__main__":
+    main()

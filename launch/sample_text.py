@@ -1,0 +1,142 @@
+"""Rows of text that a conversion is calibrated, aligned and judged on.
+
+From a prepared folder (training and held-out documents) or from one text file and the source's
+tokenizer. What is judged on is never what was fitted on.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch, StageData, heldout_rows
+from data.prepared import MANIFEST_FILE, read_manifest
+from data.tokenizer import Tokenizer
+from models.conversion.block_stream import SampleRows
+from models.loss import MASKED
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleText:
+    """Rows for statistics, rows for judging, rows for alignment (None: not asked for)."""
+
+    calibration: SampleRows
+    evaluation: SampleRows
+    alignment: SampleRows | None
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSizes:
+    """Row length, and tokens for statistics (as many again for judging) and for alignment."""
+
+    sequence_length: int
+    tokens: int
+    align_tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Rows for statistics, and again for judging."""
+        return max(self.tokens // self.sequence_length, 1)
+
+    @property
+    def align_rows(self) -> int:
+        """Rows for alignment."""
+        return -(-self.align_tokens // self.sequence_length)
+
+
+def read_sample(
+    path: Path, sizes: SampleSizes, *, tokenizer: Tokenizer | None, seed: int
+) -> SampleText:
+    """Read a prepared folder or a text file.
+
+    Raises:
+        ValueError: nothing there, too little text, or another tokenizer than the source's.
+    """
+    if (path / MANIFEST_FILE).is_file():
+        return _from_prepared(path, sizes, tokenizer, seed)
+    if not path.is_file():
+        raise ValueError(
+            f"text ({path}) must be a prepared folder or a text file: got neither. Make a folder "
+            "with: python -m launch.prepare source=... out=... tokenizer=SOURCE"
+        )
+    if tokenizer is None:
+        raise ValueError(
+            f"text ({path}) must be a prepared folder: the source has no tokenizer.json or "
+            "tokenizer.model to encode a text file with."
+        )
+    return _from_file(path, sizes, tokenizer)
+
+
+def _from_prepared(
+    path: Path, sizes: SampleSizes, tokenizer: Tokenizer | None, seed: int
+) -> SampleText:
+    manifest = read_manifest(path)
+    if tokenizer is None:
+        logger.warning("the source has no tokenizer: nobody can check that %s fits it.", path)
+    elif manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"text ({path}: tokenizer {manifest.tokenizer_sha256[:12]}) must be prepared with the "
+            f"source's tokenizer: got {tokenizer.sha256[:12]}. Run launch.prepare with "
+            f"tokenizer={tokenizer.path}."
+        )
+
+    def train(stage: str, rows: int) -> SampleRows:
+        data = StageData(
+            {str(path): 1.0},
+            seed=seed,
+            stage=stage,
+            sequence_length=sizes.sequence_length,
+            rows_per_step=rows,
+        )
+        return _rows(data.batch(0))
+
+    heldout = heldout_rows(path, sequence_length=sizes.sequence_length, rows=sizes.rows)
+    return SampleText(
+        calibration=train("calibrate", sizes.rows),
+        evaluation=_rows(heldout),
+        alignment=train("align", sizes.align_rows) if sizes.align_rows else None,
+    )
+
+
+def _from_file(path: Path, sizes: SampleSizes, tokenizer: Tokenizer) -> SampleText:
+    """One document cut into rows: the last ones are for judging, the others for fitting."""
+    ids = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8")), dtype=torch.int64)
+    length = sizes.sequence_length
+    found = (len(ids) - 1) // length
+    if found < 2:
+        raise ValueError(
+            f"text ({path}: {len(ids)} tokens) must give two rows: got sequence_length {length}. "
+            "Give more text, or a smaller sequence_length."
+        )
+    num_evaluation = min(sizes.rows, found // 2)
+    first = found - num_evaluation
+    if first < max(sizes.rows, sizes.align_rows) or num_evaluation < sizes.rows:
+        logger.warning(
+            "%s has %d rows of %d tokens: fitting on %d, judging on %d.",
+            path, found, length, first, num_evaluation,
+        )  # fmt: skip
+    inputs, labels = (
+        ids[: found * length].view(-1, length),
+        ids[1 : found * length + 1].view(-1, length),
+    )
+    aligned = sizes.align_rows
+    return SampleText(
+        calibration=_one_document(inputs[: min(sizes.rows, first)], labels),
+        evaluation=_one_document(inputs[first:], labels[first:]),
+        alignment=_one_document(inputs[: min(aligned, first)], labels) if aligned else None,
+    )
+
+
+def _one_document(inputs: Tensor, labels: Tensor) -> SampleRows:
+    return SampleRows(inputs, labels[: len(inputs)], torch.zeros_like(inputs))
+
+
+def _rows(batch: Batch) -> SampleRows:
+    assert int(batch.labels.min()) >= MASKED
+    return SampleRows(batch.tokens, batch.labels, batch.document_ids)

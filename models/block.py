@@ -1,0 +1,66 @@
+"""One pre-norm residual block: a mixer (or none), then a feed-forward layer.
+
+Shape letters: B batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from models.feed_forward import SwiGLU
+from models.layer_pattern import MixerKind, Mixers
+from models.layers import Parts
+from models.linear_attention import GatedLinearAttention
+from models.norm import RMSNorm
+from models.sequence import SequenceContext
+from models.softmax_attention import KeyValueCache, SoftmaxAttention
+
+if TYPE_CHECKING:
+    from models.spiking.neurons import Spikes
+
+Mixer = SoftmaxAttention | GatedLinearAttention
+MixerState = KeyValueCache | Tensor | None
+"""What a mixer remembers while decoding: a cache (F, S), a matrix state (L), nothing (`_`)."""
+
+
+class Block(nn.Module):
+    """Layer `layer` of a model; without mixers it is the feed-forward half alone."""
+
+    def __init__(self, parts: Parts, mixers: Mixers, *, layer: int) -> None:
+        super().__init__()
+        config = parts.config
+        self.mixer_norm: RMSNorm | None = None
+        self.mixer: Mixer | None = None
+        if mixers:
+            self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mixer = _build_mixer(parts, mixers[0], layer)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn = SwiGLU(parts, layer=layer)
+
+    def forward(self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None = None) -> Tensor:
+        """Map the residual stream `[B, T, D]` to the next."""
+        if self.mixer is not None and self.mixer_norm is not None:
+            x = x + self.mixer(self.mixer_norm(x), sequence, spikes)
+        out: Tensor = x + self.ffn(self.ffn_norm(x), spikes)
+        return out
+
+    def extend(
+        self, x: Tensor, state: MixerState, spikes: Spikes | None = None
+    ) -> tuple[Tensor, MixerState]:
+        """Map the next `[B, n, D]` given what the mixer remembers (None at the start).
+
+        The given state may be changed in place and must not be used again.
+        """
+        if self.mixer is not None and self.mixer_norm is not None:
+            # Each mixer gets back the kind of state that it returned.
+            mixed, state = self.mixer.extend(self.mixer_norm(x), state, spikes)  # type: ignore[arg-type]
+            x = x + mixed
+        return x + self.ffn(self.ffn_norm(x), spikes), state
+
+
+def _build_mixer(parts: Parts, kind: MixerKind, layer: int) -> Mixer:
+    if kind is MixerKind.linear:
+        return GatedLinearAttention(parts, layer=layer)
+    return SoftmaxAttention(parts, kind=kind, layer=layer)

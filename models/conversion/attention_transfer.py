@@ -1,0 +1,229 @@
+"""What sample text teaches the new parameters of `L` layers, layer by layer on the source's stream.
+
+Calibrates head norms, centres key biases, and optionally aligns: trains only gates and head norm so
+that the linear mixer's output matches the softmax mixer's on the source's own hidden states. Holds
+one layer at a time. Shape letters: T tokens, N query heads, G key-value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.block import Block
+from models.config import ModelConfig
+from models.conversion.block_stream import BlockStream, SampleRows, advance
+from models.conversion.convert import plan_conversion
+from models.conversion.huggingface import TensorSource
+from models.conversion.new_parameters import ConversionOptions, KeyBias, NormInit
+from models.conversion.source_checks import becomes_linear
+from models.conversion.source_config import read_config
+from models.conversion.weight_map import HEAD_NORM, KEY_BIAS, mixer_name
+from models.layouts import is_new_parameter
+from models.linear_attention import GatedLinearAttention
+from models.sequence import SequenceContext
+from models.softmax_attention import SoftmaxAttention
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done and how much there is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlignmentOptions:
+    """How gates and head norms are aligned; the learning rate falls linearly to zero."""
+
+    learning_rate: float = 1e-2
+    rows_per_step: int = 4
+    epochs: int = 1
+
+
+@dataclass(slots=True)
+class Fitted:
+    """Values by target name with a note each, and the errors of aligned layers."""
+
+    values: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
+    alignment: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fit_new_parameters(  # noqa: PLR0913 - source, target, options and the two texts
+    source: TensorSource,
+    target: ModelConfig,
+    options: ConversionOptions,
+    sample: SampleRows,
+    *,
+    alignment: tuple[AlignmentOptions, SampleRows] | None = None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Walk the source's blocks once and fit the layers that become `L`.
+
+    Args:
+        source: the checkpoint.
+        target: the model to convert to.
+        options: what to fit (`norm_init`, `key_bias`).
+        sample: text for statistics, and for the errors before and after alignment.
+        alignment: options and text to align on; None: no alignment.
+        progress: told after each layer.
+
+    Raises:
+        ValueError: `key_bias=centre` for a model that cannot be centred.
+    """
+    check_key_bias(target, options)
+    config = read_config(source.config)
+    names = {t.name: t.load for t in plan_conversion(source, config)}
+    stream = BlockStream(config, lambda name: names[name]())
+    fitted = Fitted()
+    walks = [_Walk(stream, sample)]
+    if alignment is not None:
+        walks.append(_Walk(stream, alignment[1]))
+    for layer, turns in enumerate(becomes_linear(config, target)):
+        block = stream.block(layer)
+        if turns:
+            _measure(block, walks[0], layer, options, fitted)
+            if alignment is not None:
+                student = _student(source, target, options, fitted, layer)
+                _align(block, student, walks, layer, alignment[0], fitted)
+        for walk in walks:
+            advance(block, walk.hidden, walk.sequences)
+        if progress is not None:
+            progress("calibrate", layer + 1, config.num_hidden_layers)
+    return fitted
+
+
+def check_key_bias(target: ModelConfig, options: ConversionOptions) -> None:
+    """Refuse what cannot be centred; warn where the option has no effect.
+
+    Raises:
+        ValueError: `centre` without a key bias, or with a norm behind it.
+    """
+    if options.key_bias is KeyBias.centre and (not target.qkv_bias or target.qk_norm):
+        missing = "a k/v/q bias" if not target.qkv_bias else "no q/k norm behind it"
+        raise ValueError(f"linear.key_bias (centre) must have a model with {missing}. Use keep.")
+    if options.key_bias is KeyBias.zero and not target.qkv_bias:
+        logger.warning("linear.key_bias (zero) has no effect: the model has no key bias.")
+
+
+class _Walk:
+    """One text on its way through the source's blocks."""
+
+    def __init__(self, stream: BlockStream, rows: SampleRows) -> None:
+        self.sequences = rows.sequences()
+        self.hidden = stream.embed(rows)
+
+    def inputs(self, block: Block) -> Iterator[tuple[Tensor, SequenceContext]]:
+        """What the block's mixer reads, row by row."""
+        assert block.mixer_norm is not None
+        for hidden, sequence in zip(self.hidden, self.sequences, strict=True):
+            yield block.mixer_norm(hidden), sequence
+
+
+@torch.no_grad()
+def _measure(
+    block: Block, walk: _Walk, layer: int, options: ConversionOptions, fitted: Fitted
+) -> None:
+    """RMS of the softmax mixer's head outputs per channel [H]; mean of W_k x [G * H]."""
+    mixer = block.mixer
+    assert isinstance(mixer, SoftmaxAttention)
+    squares: Tensor | float = 0.0
+    keys: Tensor | float = 0.0
+    num_tokens = sum(hidden.shape[1] for hidden in walk.hidden)
+    for x, sequence in walk.inputs(block):
+        if options.norm_init is NormInit.calibrated:
+            squares = squares + mixer.attend(x, sequence).square().mean(dim=2).sum(dim=(0, 1))
+        if options.key_bias is KeyBias.centre:
+            keys = keys + (mixer.k_proj(x) - mixer.k_proj.bias).sum(dim=(0, 1))
+    if options.norm_init is NormInit.calibrated:
+        rms = torch.as_tensor(squares / num_tokens).sqrt()
+        note = f"RMS of the source's attention output per channel on {num_tokens} tokens"
+        fitted.values[mixer_name(layer, HEAD_NORM)] = (rms, note)
+    if options.key_bias is KeyBias.centre:
+        note = f"minus the mean of W_k x on {num_tokens} tokens (key_bias=centre)"
+        fitted.values[mixer_name(layer, KEY_BIAS)] = (-torch.as_tensor(keys / num_tokens), note)
+
+
+def _student(
+    source: TensorSource,
+    target: ModelConfig,
+    options: ConversionOptions,
+    fitted: Fitted,
+    layer: int,
+) -> GatedLinearAttention:
+    """The linear mixer of one layer as conversion would start it; new parameters are trainable."""
+    plan = {t.name: t.load for t in plan_conversion(source, target, options, fitted=fitted.values)}
+    mixer = BlockStream(target, lambda name: plan[name]()).block(layer).mixer
+    assert isinstance(mixer, GatedLinearAttention)
+    for name, parameter in mixer.named_parameters():
+        if is_new_parameter(mixer_name(layer, name)):
+            parameter.data = parameter.data.clone()
+            parameter.requires_grad_(True)
+    return mixer
+
+
+def _align(  # noqa: PLR0913 - one layer with its teacher, texts and options
+    teacher: Block,
+    student: GatedLinearAttention,
+    walks: list[_Walk],
+    layer: int,
+    options: AlignmentOptions,
+    fitted: Fitted,
+) -> None:
+    """Train one layer; keep the start when training did not help on the other text."""
+    before = _relative_error(teacher, student, walks[0])
+    _train(teacher, student, walks[1], options)
+    after = _relative_error(teacher, student, walks[0])
+    num_tokens = sum(hidden.shape[1] for hidden in walks[1].hidden) * options.epochs
+    is_better = after < before
+    fitted.alignment.append(
+        {"layer": layer, "tokens": num_tokens, "before": before, "after": after, "kept": is_better}
+    )
+    if not is_better:
+        logger.warning("alignment of layer %d kept its start: %.4g to %.4g", layer, before, after)
+        return
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            note = f"aligned on {num_tokens} tokens"
+            fitted.values[mixer_name(layer, name)] = (parameter.detach().clone(), note)
+
+
+def _train(
+    teacher: Block, student: GatedLinearAttention, walk: _Walk, options: AlignmentOptions
+) -> None:
+    """AdamW on the squared error over the teacher's power."""
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
+    num_rows = len(walk.hidden)
+    num_steps = options.epochs * -(-num_rows // options.rows_per_step)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num_steps)
+    for _ in range(options.epochs):
+        batch = _errors(teacher, student, walk)
+        for row, (error, power) in enumerate(batch, start=1):
+            torch.autograd.backward(error / power / options.rows_per_step)
+            if row % options.rows_per_step == 0 or row == num_rows:
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+
+
+def _errors(
+    teacher: Block, student: GatedLinearAttention, walk: _Walk
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per row: summed squared error of the mixer's output, and the teacher's summed square."""
+    assert teacher.mixer is not None
+    for x, sequence in walk.inputs(teacher):
+        with torch.no_grad():
+            wanted = teacher.mixer(x, sequence)
+        power = wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny)
+        yield (student(x, sequence) - wanted).square().sum(), power
+
+
+@torch.no_grad()
+def _relative_error(teacher: Block, student: GatedLinearAttention, walk: _Walk) -> float:
+    """Root of squared error over the teacher's square, all rows together."""
+    errors = list(_errors(teacher, student, walk))
+    return float((sum(e for e, _ in errors) / sum(p for _, p in errors)) ** 0.5)

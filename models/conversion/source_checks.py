@@ -1,0 +1,100 @@
+"""Whether a source folder is whole and whether a target model can be made from it."""
+
+from __future__ import annotations
+
+import logging
+
+from models.config import ModelConfig
+from models.conversion.config_keys import Format
+from models.conversion.huggingface import TensorSource
+from models.conversion.weight_map import IGNORED_SOURCE, theirs
+from models.layer_pattern import MixerKind
+from models.layouts import parameter_layouts
+
+logger = logging.getLogger(__name__)
+
+_SAME = (
+    "num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "qkv_bias", "output_bias", "ffn_bias", "qk_norm",
+)  # fmt: skip
+_NOTED = ("rms_norm_eps", "rope")
+
+
+def check_target(source: ModelConfig, target: ModelConfig) -> None:
+    """Refuse a target whose sizes or layers the source cannot fill; warn about changed constants.
+
+    Raises:
+        ValueError: naming the key and both values.
+    """
+    for key in _SAME:
+        ours, theirs_value = getattr(target, key), getattr(source, key)
+        if ours != theirs_value:
+            raise ValueError(
+                f"model.{key} ({ours}) must equal the source's: got {theirs_value}. "
+                "Choose the model= that was made for this source, or change only mixers."
+            )
+    if target.tie_word_embeddings and not source.tie_word_embeddings:
+        raise ValueError(
+            "model.tie_word_embeddings (true) must be false: the source has its own output head."
+        )
+    for key in _NOTED:
+        if getattr(source, key) != getattr(target, key):
+            logger.warning(
+                "model.%s (%s) is not the source's (%s): step 0 changes by it.",
+                key, getattr(target, key), getattr(source, key),
+            )  # fmt: skip
+    pairs = zip(source.layers.mixers, target.layers.mixers, strict=True)
+    for index, (before, after) in enumerate(pairs):
+        if before == (MixerKind.linear,) and after != before and after:
+            raise ValueError(
+                f"mixers ({target.mixers}) layer {index} must stay L as in the source: "
+                f"got {after[0].value}. Its gates and head norm have no place in another mixer."
+            )
+
+
+def check_source(source: TensorSource, config: ModelConfig, format: Format) -> None:
+    """Refuse a folder whose tensors are not exactly those that its config describes.
+
+    Raises:
+        ValueError: naming the first missing, unknown or misshapen tensor.
+    """
+    names = set(source.names())
+    expected = {}
+    for name, layout in parameter_layouts(config).items():
+        known = theirs(name, format)
+        assert known is not None, f"{format.value} has no name for {name}"
+        expected[known] = layout.global_shape
+    missing = [name for name in expected if name not in names]
+    if missing:
+        raise ValueError(
+            f"source must hold {len(expected)} tensors: {missing[0]} is missing"
+            f"{_and_more(missing)}. Fetch the folder again, or correct its config.json."
+        )
+    extra = sorted(name for name in names - expected.keys() if not _may_stay(name, config))
+    if extra:
+        raise ValueError(
+            f"source tensor {extra[0]} {source.shape(extra[0])} must be known to the format "
+            f"{format.value}{_and_more(extra)}. Its config.json describes no such tensor."
+        )
+    for name, shape in expected.items():
+        if source.shape(name) != shape:
+            raise ValueError(
+                f"source tensor {name} {source.shape(name)} must have the shape that config.json "
+                f"gives: got {shape}. Fetch the folder again, or correct its config.json."
+            )
+
+
+def _may_stay(name: str, config: ModelConfig) -> bool:
+    """Whether an unlisted tensor may lie in the folder unread."""
+    is_copy_of_embedding = name == "lm_head.weight" and config.tie_word_embeddings
+    return is_copy_of_embedding or IGNORED_SOURCE.fullmatch(name) is not None
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def becomes_linear(source: ModelConfig, target: ModelConfig) -> list[bool]:
+    """Per layer: whether it turns from softmax attention into `L`."""
+    pairs = zip(source.layers.mixers, target.layers.mixers, strict=True)
+    return [after == (MixerKind.linear,) and before != after for before, after in pairs]

@@ -1,0 +1,77 @@
+"""What a model costs by arithmetic: parameters, training FLOPs, visible keys. Builds no module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from models.config import ModelConfig
+from models.layer_pattern import MixerKind
+from models.layouts import is_new_parameter, parameter_layouts
+
+LINEAR_CHUNK_TOKENS = 64
+"""Chunk length that the FLOPs of linear attention are counted with."""
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """All parameters; a tied head is counted once."""
+    return sum(math.prod(p.global_shape) for p in parameter_layouts(config).values())
+
+
+def new_parameter_count(config: ModelConfig) -> int:
+    """Parameters that conversion adds to a Transformer's: gates and head norms."""
+    return sum(
+        math.prod(layout.global_shape)
+        for name, layout in parameter_layouts(config).items()
+        if is_new_parameter(name)
+    )
+
+
+def matrix_parameter_count(config: ModelConfig) -> int:
+    """Entries of all matrices that multiply each token: with the head, without the embedding."""
+    matrices = sum(
+        math.prod(layout.global_shape)
+        for name, layout in parameter_layouts(config).items()
+        if len(layout.global_shape) == 2 and name not in ("embedding.weight", "head.weight")
+    )
+    return matrices + config.vocab_size * config.hidden_size
+
+
+def flops_per_token(
+    config: ModelConfig,
+    mean_visible_full: float,
+    mean_visible_window: float,
+    *,
+    linear_chunk_tokens: int = LINEAR_CHUNK_TOKENS,
+) -> float:
+    """Training FLOPs a token (forward and backward), recomputation and spikes not counted.
+
+    `3 (2 N + sum_F 4 K_F d_q + sum_S 4 K_S d_q + sum_L (2 d d (H_q + H_kv) + 2 C H_q d))` with N
+    the matrix parameters, K the mean number of keys a query sees (`mean_visible`), d the head dim,
+    d_q = H_q d, and C the chunk length of linear attention.
+    """
+    queries = config.num_attention_heads * config.head_dim
+    states = config.num_attention_heads + config.num_key_value_heads
+    inside_chunk = 2 * linear_chunk_tokens * queries
+    of_mixer = {
+        MixerKind.full: 4 * mean_visible_full * queries,
+        MixerKind.sliding_window: 4 * mean_visible_window * queries,
+        MixerKind.linear: 2 * config.head_dim**2 * states + inside_chunk,
+    }
+    mixing = sum(of_mixer[kind] for mixers in config.layers.mixers for kind in mixers)
+    return 3 * (2 * matrix_parameter_count(config) + mixing)
+
+
+def mean_visible(lengths: Iterable[int], window_tokens: int | None = None) -> float:
+    """Keys that a causal query sees, itself included, averaged over all tokens of documents.
+
+    Args:
+        lengths: tokens of each document.
+        window_tokens: keys of a window, itself included; None is all earlier ones.
+    """
+    tokens = keys = 0
+    for length in lengths:
+        full = length if window_tokens is None else min(length, window_tokens)
+        tokens += length
+        keys += full * (full + 1) // 2 + (length - full) * full
+    return keys / tokens if tokens else 0.0

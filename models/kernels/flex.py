@@ -1,0 +1,123 @@
+"""Softmax attention on GPUs by torch's compiled flex attention with a block mask.
+
+Owns the mask of documents and window and its reuse by all layers of a step; compiles on first use.
+Shape letters: B rows, Tq queries, Tk keys, N query heads, G key-value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.kernels import blocked
+from models.sequence import SequenceContext
+
+logger = logging.getLogger(__name__)
+
+_MaskKey = tuple[int, int, int | None, torch.device]
+
+
+def require() -> None:
+    """Check that flex attention can be compiled here.
+
+    Raises:
+        ValueError: this torch has no flex attention, or Triton is not installed.
+    """
+    try:
+        import triton  # noqa: F401
+        from torch.nn.attention.flex_attention import flex_attention  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"softmax ('flex') must have torch's flex attention and triton: got {error}. "
+            "Install synfire[gpu], or choose softmax='blocked'."
+        ) from error
+
+
+def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention kernel shares
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    sequence: SequenceContext | None,
+) -> Tensor:
+    """Causal softmax attention by flex attention; as `models.reference.softmax_attention`.
+
+    Triton multiplies no float64 matrices, so float64 inputs go to the blocked kernel, with a
+    warning; a single query (decoding) goes there too, where nothing would be gained.
+    """
+    if q.dtype is torch.float64:
+        logger.warning("softmax='flex' has no float64 kernel: the blocked one computes instead.")
+    if q.dtype is torch.float64 or q.shape[1] == 1:
+        return blocked.softmax_attention(q, k, v, scale=scale, window=window, sequence=sequence)
+    packed = sequence is not None and not sequence.is_one_document_per_row
+    ids = sequence.document_ids if packed and sequence is not None else None
+    key = (q.shape[1], k.shape[1], window, q.device)
+    attended: Tensor = _compiled()[0](
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        block_mask=_shared_mask(key) if ids is None else _document_mask(key, ids),
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return attended.transpose(1, 2)
+
+
+@cache
+def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The attention and the mask builder, compiled: eager, both would hold a Tq x Tk matrix."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+@cache
+def _shared_mask(key: _MaskKey) -> Any:
+    """Mask of rows that are one document each; it depends on sizes only."""
+    return _build(key, None)
+
+
+_recent: dict[tuple[int, _MaskKey], tuple[weakref.ref[Tensor], Any]] = {}
+
+
+def _document_mask(key: _MaskKey, document_ids: Tensor) -> Any:
+    """Mask of one packed batch, built once for all of its layers."""
+    for known, (owner, _) in list(_recent.items()):
+        if owner() is None:
+            del _recent[known]
+    known = (id(document_ids), key)
+    if known not in _recent:
+        _recent[known] = (weakref.ref(document_ids), _build(key, document_ids))
+    return _recent[known][1]
+
+
+def _build(key: _MaskKey, document_ids: Tensor | None) -> Any:
+    num_queries, num_keys, window, device = key
+    rows = None if document_ids is None else document_ids.shape[0]
+    mask = _mask_function(num_keys - num_queries, window, document_ids)
+    return _compiled()[1](mask, rows, None, num_queries, num_keys, device=device)
+
+
+def _mask_function(
+    history: int, window: int | None, document_ids: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Whether a query sees a key, by their indices; queries are the last ones of the keys."""
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = query + history - key
+        seen = distance >= 0
+        if window is not None:
+            seen = seen & (distance < window)
+        if document_ids is not None:
+            seen = seen & (document_ids[row, query] == document_ids[row, key])
+        return seen
+
+    return visible

@@ -1,0 +1,63 @@
+"""The q, k, v and output projections around any mixer, with their spiking encodings.
+
+What the softmax and the linear mixer share, so that conversion can reuse the weights as they are.
+Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from models.layers import Parts
+from models.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from models.spiking.neurons import Spikes
+
+
+class HeadProjections(nn.Module):
+    """Projects to heads and back; `layer` is the block's index, for spike statistics."""
+
+    def __init__(self, parts: Parts, *, layer: int) -> None:
+        super().__init__()
+        config, layers = parts.config, parts.layers
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.layer = layer
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        hidden = config.hidden_size
+        self.q_proj = layers.column_linear(hidden, queries, bias=config.qkv_bias)
+        self.k_proj = layers.column_linear(hidden, keys, bias=config.qkv_bias)
+        self.v_proj = layers.column_linear(hidden, keys, bias=config.qkv_bias)
+        self.o_proj = layers.row_linear(queries, hidden, bias=config.output_bias)
+        has_norm = config.qk_norm
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else None
+        self.neuron = parts.build_neuron()
+
+    def encode(self, x: Tensor, spikes: Spikes | None, site: str) -> Tensor:
+        """The spiked x, or x itself without a neuron."""
+        if self.neuron is None:
+            return x
+        spiked: Tensor = self.neuron(x, spikes, f"{self.layer}/{site}")
+        return spiked
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, T, N, H]`, keys and values `[B, T, G, H]` of encoded x `[B, T, D]`."""
+        q = self._heads(self.q_proj(x))
+        k = self._heads(self.k_proj(x))
+        v = self._heads(self.v_proj(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def combine(self, heads: Tensor, spikes: Spikes | None) -> Tensor:
+        """Project head outputs `[B, T, N, H]` back to `[B, T, D]`."""
+        out: Tensor = self.o_proj(self.encode(heads.flatten(2), spikes, "mixer_out"))
+        return out
+
+    def _heads(self, flat: Tensor) -> Tensor:
+        return flat.view(*flat.shape[:-1], -1, self.head_dim)

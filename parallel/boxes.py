@@ -1,0 +1,184 @@
+"""A rank's part of one global tensor: an axis-aligned box, in the words of torch's DCP.
+
+A box says where its values lie; DCP asks through three methods whose names it fixes, and its
+planners are told here how to find a box's values.
+Knows nothing about files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor, Shard
+
+
+@dataclass(eq=False, slots=True)
+class Box:
+    """`local` holds the values of a global tensor from `offsets` on.
+
+    An empty box (a rank that got no rows) writes and reads nothing. Boxes of several ranks that
+    cover the same values are written once.
+    """
+
+    local: Tensor
+    offsets: tuple[int, ...]
+    global_shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Box:
+        """A box that is the tensor itself."""
+        return cls(tensor, (0,) * tensor.dim(), tuple(tensor.shape))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Where the box lies, as an index into the global tensor."""
+        return tuple(
+            slice(start, start + size)
+            for start, size in zip(self.offsets, self.local.shape, strict=True)
+        )
+
+    def like(self, tensor: Tensor) -> Box:
+        """The same place with other values (an optimizer's moments)."""
+        return Box(tensor, self.offsets, self.global_shape)
+
+    def fill(self, full: Tensor) -> None:
+        """Copy this box's values out of the whole tensor, whatever its device and dtype.
+
+        Raises:
+            ValueError: a whole tensor of another shape.
+        """
+        if tuple(full.shape) != self.global_shape:
+            raise ValueError(
+                f"tensor shape {tuple(full.shape)} must equal {self.global_shape}: this is another "
+                "model's tensor."
+            )
+        with torch.no_grad():
+            self.local.copy_(full[self.slices])
+
+    def size(self) -> torch.Size:
+        """The global shape (DCP compares it with the stored one)."""
+        return torch.Size(self.global_shape)
+
+    def __create_write_items__(self, fqn: str, _object: Any) -> list[WriteItem]:
+        return write_items(fqn, self.global_shape, self.offsets, self.local)
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        if self.local.numel() == 0:
+            return []
+        return [ChunkStorageMetadata(torch.Size(self.offsets), self.local.shape)]
+
+    def __get_tensor_shard__(self, _index: MetadataIndex) -> Tensor:
+        return self.local
+
+
+@dataclass(eq=False, slots=True)
+class LazyTensor:
+    """A whole tensor that is made when it is written and forgotten right after."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    def size(self) -> torch.Size:
+        """The global shape."""
+        return torch.Size(self.shape)
+
+    def __create_write_items__(self, fqn: str, _object: Any) -> list[WriteItem]:
+        stand_in = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return write_items(fqn, self.shape, (0,) * len(self.shape), stand_in)
+
+    def __get_tensor_shard__(self, _index: MetadataIndex) -> Tensor:
+        tensor = self.load()
+        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+            raise ValueError(
+                f"tensor {self.name} must be {self.shape} {self.dtype} as announced: got "
+                f"{tuple(tensor.shape)} {tensor.dtype}."
+            )
+        return tensor
+
+
+class BoxSavePlanner(DefaultSavePlanner):
+    """DCP's planner for states of boxes and lazy tensors (its own looks into tensors only)."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """This rank's values of one item, made now if they are lazy."""
+        values: Tensor = self.state_dict[index.fqn].__get_tensor_shard__(index)
+        return values
+
+
+class BoxLoadPlanner(DefaultLoadPlanner):
+    """The same for loading into boxes."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Take the state as it is; the default would replace values that are no tensors."""
+        self.original_state_dict = state_dict
+        self.state_dict = state_dict
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Where the values of one item go."""
+        values: Tensor = self.state_dict[index.fqn].__get_tensor_shard__(index)
+        return values
+
+
+def write_items(
+    fqn: str, global_shape: tuple[int, ...], offsets: tuple[int, ...], local: Tensor
+) -> list[WriteItem]:
+    """What DCP writes for one box: one item, or none for an empty box."""
+    if local.numel() == 0:
+        return []
+    data = TensorWriteData(
+        chunk=ChunkStorageMetadata(torch.Size(offsets), local.shape),
+        properties=TensorProperties(dtype=local.dtype),
+        size=torch.Size(global_shape),
+    )
+    index = MetadataIndex(fqn, torch.Size(offsets))
+    return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
+
+
+def box_of(tensor: Tensor) -> Box:
+    """The box of this rank in a parameter; plain tensors are their own box.
+
+    FSDP2 cuts dim 0 into equal pieces of `ceil(rows / ranks)`, so that the last ranks may hold
+    fewer rows or none. The box shares memory with the parameter.
+    """
+    if not isinstance(tensor, DTensor):
+        return Box.whole(tensor.detach())
+    shape = tuple(tensor.shape)
+    with torch.no_grad():
+        local = tensor.to_local()
+    offsets = [0] * len(shape)
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, "parameters are sharded by rows"
+            axis_size = tensor.device_mesh.size(axis)
+            rows = -(-shape[0] // axis_size)
+            offsets[0] = min(tensor.device_mesh.get_local_rank(axis) * rows, shape[0])
+            expected = min(rows, shape[0] - offsets[0])
+            assert local.shape[0] == expected, (tuple(local.shape), expected)
+    return Box(local, tuple(offsets), shape)

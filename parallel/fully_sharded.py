@@ -1,0 +1,115 @@
+"""FSDP2 over the data-parallel ranks: units, dtypes and when they gather, reduce and reshard.
+
+Order is the knowledge here: float32 units first, then blocks, then the root. Gradients are sums
+over ranks (of a loss already divided by the global number of targets), never averages. With one
+rank the same code runs without communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from parallel.config import Precision, Shard
+from parallel.mesh import SHARD_AXIS, Mesh
+
+FLOAT32_MODULES = frozenset(
+    {
+        "mixer_norm", "ffn_norm", "final_norm", "q_norm", "k_norm", "head_norm",
+        "gate_down", "gate_up",
+    }
+)  # fmt: skip
+"""Modules whose parameters act in float32 while the rest computes in bfloat16.
+
+FSDP2 would hand them bfloat16 weights inside forward (spec/engineering.md 11), so each block's lie
+in a unit of their own. Their inputs are not cast: norms return their input's dtype, and the gate
+widens its input itself.
+"""
+
+
+def master_dtype(precision: Precision) -> torch.dtype:
+    """Dtype of parameters, gradients and optimizer state at rest."""
+    return torch.float64 if precision is Precision.fp64 else torch.float32
+
+
+def shard_model(model: nn.Module, mesh: Mesh, *, precision: Precision, shard: Shard) -> None:
+    """Turn a model (on the meta device, or on the mesh's) into FSDP units in place.
+
+    Expects `model.blocks`, and a `token_losses` method beside `forward`. After it, parameters are
+    DTensors that hold this rank's rows; on the meta device they are still to be materialised.
+    """
+    options: dict[str, Any] = {
+        "mesh": mesh.device_mesh if shard is Shard.none and mesh.size > 1 else _shard_axis(mesh),
+        "reshard_after_forward": shard is Shard.parameters,
+    }
+    float32, rest = _policies(precision)
+    blocks = getattr(model, "blocks", None)
+    assert isinstance(blocks, nn.ModuleList)
+    for block in blocks:
+        if precision is Precision.bf16:
+            fully_shard(list(_float32_modules(block)), mp_policy=float32, **options)
+        fully_shard(block, mp_policy=rest, **options)
+    if precision is Precision.bf16:
+        outside = [module for name, module in model.named_children() if name in FLOAT32_MODULES]
+        fully_shard(outside, mp_policy=float32, **options)
+    # The root's parameters are needed by the first step of the backward pass: keep them gathered.
+    fully_shard(model, mp_policy=rest, **{**options, "reshard_after_forward": False})
+    for unit in units(model):
+        unit.set_gradient_divide_factor(1.0)
+        # Without it gloo is asked for a reduction that it does not have (float32 and bfloat16).
+        unit.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "token_losses")
+
+
+def units(model: nn.Module) -> Iterator[FSDPModule]:
+    """Every module that is an FSDP unit or a part of one."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield module
+
+
+def begin_microbatch(model: nn.Module, *, shard: Shard, is_last: bool) -> None:
+    """Say whether the coming backward pass ends a step.
+
+    Before the last microbatch gradients stay where they are and parameters stay gathered; with
+    sharded parameters both are given up after every microbatch, which is what that level is for.
+    """
+    assert isinstance(model, FSDPModule)
+    finish = is_last or shard is Shard.parameters
+    model.set_requires_gradient_sync(finish)
+    model.set_reshard_after_backward(finish)
+
+
+def release(model: nn.Module) -> None:
+    """Give up gathered parameters, so that the next pass sees whatever is written into shards."""
+    for unit in units(model):
+        unit.reshard()
+
+
+def _shard_axis(mesh: Mesh) -> Any:
+    return mesh.device_mesh[SHARD_AXIS]
+
+
+def _policies(precision: Precision) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:
+    """Policies of the float32 units and of all others."""
+    if precision is not Precision.bf16:
+        return MixedPrecisionPolicy(), MixedPrecisionPolicy()
+    float32 = MixedPrecisionPolicy(
+        param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    return float32, MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def _float32_modules(block: nn.Module) -> Iterator[nn.Module]:
+    for name, module in block.named_modules():
+        if name.rpartition(".")[2] in FLOAT32_MODULES:
+            yield module

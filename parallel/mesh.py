@@ -1,0 +1,214 @@
+"""Who am I among how many: process group, mesh axes, and the one place where a process ends.
+
+Works under a launcher (torchrun's environment), inside a process group that somebody else made
+(tests), and alone without either. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parallel.backend.base import Backend
+from parallel.config import ParallelConfig, Shard
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+REPLICATE_AXIS = "dp_replicate"
+SHARD_AXIS = "dp_shard"
+
+
+class RankError(RuntimeError):
+    """Something failed on at least one rank; every rank raises the same message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """This process's place. `device_mesh` has the axes dp_replicate x dp_shard.
+
+    `group` is the group of all data-parallel ranks. With shard=none every rank replicates all
+    parameters (dp_shard 1), otherwise they are sharded over all of them (dp_replicate 1).
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+    device_mesh: DeviceMesh
+    group: dist.ProcessGroup
+    owns_process_group: bool
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+    @property
+    def shard_rank(self) -> int:
+        """Position on the dp_shard axis."""
+        return int(self.device_mesh.get_local_rank(SHARD_AXIS))
+
+    @property
+    def shard_size(self) -> int:
+        """Ranks that share out one copy of the parameters."""
+        return int(self.device_mesh[SHARD_AXIS].size())
+
+    def gather(self, value: Value) -> list[Value]:
+        """Small picklable values of all ranks, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """A few float64 numbers of all ranks, in rank order, on every rank."""
+        row = torch.tensor(values, dtype=torch.float64)
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        if self.size == 1:
+            rows = [row]
+        else:
+            dist.all_gather(rows, row, group=self.group)
+        return [each.tolist() for each in rows]
+
+    def broadcast(self, value: Value | None) -> Value:
+        """Rank 0's value on every rank."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.group)
+        result: Value = values[0]
+        return result
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            self.gather(None)
+
+    def agree(self, action: str, work: Callable[[], Value]) -> Value:
+        """Do `work` on every rank and go on only if it succeeded on all.
+
+        Raises:
+            RankError: on every rank, naming `action`, each rank that failed and its error. Where
+                all failed alike, each raises its own error.
+        """
+        result: Value | None = None
+        problem: str | None = None
+        cause: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            cause = error
+            problem = f"{type(error).__name__}: {error}"
+        problems = self.gather(problem)
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None]
+        if cause is not None and len(failed) == self.size and len(set(problems)) == 1:
+            raise cause
+        if failed:
+            raise RankError(f"{action} failed on {'; '.join(failed)}") from cause
+        return result  # type: ignore[return-value]  # no problem means that work returned
+
+
+def init(
+    backend: Backend, config: ParallelConfig, *, environment: Mapping[str, str] | None = None
+) -> Mesh:
+    """Join the process group (or make one of size 1) and lay the mesh over it.
+
+    `environment` is the launcher's (RANK, WORLD_SIZE, LOCAL_RANK), the process's own by default.
+
+    Raises:
+        ValueError: numbers that contradict each other or the layout, each naming what to change.
+    """
+    rank, size, local_rank = _place(os.environ if environment is None else environment)
+    owns = not dist.is_initialized()
+    if not owns:
+        rank, size = dist.get_rank(), dist.get_world_size()
+    if config.dp is not None and config.dp != size:
+        raise ValueError(
+            f"parallel.dp ({config.dp}) must equal the number of processes: got {size}. Start "
+            f"{config.dp} (torchrun --nproc-per-node {config.dp}), or set parallel.dp={size} or "
+            "null."
+        )
+    device = backend.device(local_rank)
+    if owns:
+        _join(backend.collective_backend, rank=rank, size=size, device=device)
+    replicate = size if config.shard is Shard.none else 1
+    device_mesh = init_device_mesh(
+        backend.device_type,
+        (replicate, size // replicate),
+        mesh_dim_names=(REPLICATE_AXIS, SHARD_AXIS),
+    )
+    assert dist.group.WORLD is not None
+    return Mesh(
+        rank=rank, size=size, local_rank=local_rank, dp_rank=rank, dp_size=size, device=device,
+        device_mesh=device_mesh, group=dist.group.WORLD, owns_process_group=owns,
+    )  # fmt: skip
+
+
+def close(mesh: Mesh) -> None:
+    """Leave the process group that `init` made; call it once, when all ranks are done."""
+    if mesh.owns_process_group and dist.is_initialized():
+        mesh.barrier()
+        dist.destroy_process_group()
+
+
+def end_process(status: int, *, mesh: Mesh | None = None) -> NoReturn:
+    """End this process here and now: leave the group, flush, exit without destructors.
+
+    gloo threads that outlive the interpreter abort a process that has done everything right, so
+    nothing runs after this. A failed process does not wait for the others.
+    """
+    try:
+        if mesh is not None and status == 0:
+            close(mesh)
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, size, local rank) of the launcher's variables; alone without them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: environment[name] for name in names if name in environment}
+    if "RANK" not in given and "WORLD_SIZE" not in given:
+        return 0, 1, int(given.get("LOCAL_RANK", "0"))
+    for name in ("RANK", "WORLD_SIZE"):
+        if name not in given:
+            raise ValueError(
+                f"{name} must be set when {', '.join(given)} is: start through torchrun, which "
+                "sets all of them, or unset them all for one process."
+            )
+    rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
+    local_rank = int(given.get("LOCAL_RANK", "0"))
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        if not 0 <= value < size:
+            raise ValueError(
+                f"{name} ({value}) must be from 0 to WORLD_SIZE - 1: got WORLD_SIZE {size}. "
+                "Start through torchrun, or correct the launcher's variables."
+            )
+    return rank, size, local_rank
+
+
+def _join(collective_backend: str, *, rank: int, size: int, device: torch.device) -> None:
+    """Make the default process group: the launcher's meeting point, or a store of our own."""
+    options: dict[str, Any] = {"backend": collective_backend, "rank": rank, "world_size": size}
+    if device.index is not None:
+        options["device_id"] = device
+    if size == 1:
+        # HashStore is public API that torch exports through the compiled module only.
+        dist.init_process_group(store=dist.HashStore(), **options)  # type: ignore[attr-defined]
+    else:
+        dist.init_process_group(init_method="env://", **options)

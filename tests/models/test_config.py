@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from models.config import ModelConfig, SpikingConfig
+from tests.models.tiny import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 0}, r"vocab_size \(0\) must be at least 1"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_attention_heads": 3}, "must be a multiple of num_key_value_heads: got 2"),
+        ({"head_dim": 7}, r"head_dim \(7\) must be even"),
+        ({"ffns": "d*3"}, r"ffns \(d\*3: 3 layers\) must have as many layers.*got 4"),
+        ({"window_tokens": None}, r"window_tokens \(None\) must be at least 1 because mixers"),
+        ({"window_tokens": 0}, r"window_tokens \(0\)"),
+        ({"mixers": "L S F Q"}, "got 'Q'"),
+    ],
+)
+def test_an_impossible_model_is_refused_with_the_reason(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 0.0}, "must be above 0"),
+        ({"k_start": -1.0}, r"k_start \(-1.0\) must be above 0"),
+        ({"max_count": 0}, r"max_count \(0\) must be at least 1"),
+    ],
+)
+def test_impossible_spiking_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpikingConfig(**changes)
+
+
+def test_a_model_without_windows_needs_no_window() -> None:
+    assert tiny_config(mixers="L F L F", window_tokens=None).visible_window_tokens is None
+
+
+def test_the_4097_key_convention_is_one_switch() -> None:
+    assert tiny_config(window_tokens=4096).visible_window_tokens == 4096
+    assert tiny_config(window_tokens=4096, window_includes_self=False).visible_window_tokens == 4097
+
+
+@pytest.mark.parametrize(
+    ("mixers", "expected"),
+    [("F*4", True), ("F S F S", True), ("L S F F", False), ("F _ F F", False)],
+)
+def test_plain_transformers_have_only_softmax_mixers(mixers: str, expected: bool) -> None:
+    assert tiny_config(mixers=mixers).is_plain_transformer is expected
+
+
+def test_an_unknown_key_is_refused_by_name() -> None:
+    adapter = TypeAdapter(ModelConfig)
+    values = {
+        "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1,
+        "num_key_value_heads": 1, "head_dim": 8, "mixers": "F", "ffns": "d",
+    }  # fmt: skip
+    assert adapter.validate_python(values).num_hidden_layers == 1
+    with pytest.raises(ValidationError, match="hidden_dim"):
+        adapter.validate_python(values | {"hidden_dim": 3})

@@ -1,0 +1,254 @@
+"""Tiny training runs for the engine's tests: one definition, an oracle without any engine, ranks.
+
+The oracle is the plain model with plain torch: whole rows in one pass, one long gradient vector,
+torch's optimizer on whole parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from models.config import LinearAttentionConfig, ModelConfig, NeuronKind, SpikingConfig
+from models.initialisation import tensor_for
+from models.kernels import kernel_set
+from models.layouts import parameter_layouts
+from models.model import Model
+from models.sequence import SequenceContext
+from models.spiking.neurons import Spikes
+from parallel.boxes import Box
+from parallel.config import Precision, Shard
+from parallel.engine import ParamGroup, TorchEngine
+from parallel.mesh import Mesh
+
+STEPS = 5
+ROWS = 4
+TOKENS = 19
+SEED = 7
+LEARNING_RATE = 3e-3
+KERNELS = kernel_set(linear="chunked", softmax="reference")
+
+
+class RuleName(Enum):
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: RuleName = RuleName.adamw
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the same run; `oracle` drops everything that must not matter."""
+
+    shard: Shard = Shard.gradients
+    microbatch_rows: int = ROWS
+    recompute: bool = False
+    rule: Rule = Rule()
+    tied: bool = False
+    frozen: bool = False
+    spiking: bool = True
+    precision: Precision = Precision.fp64
+
+    def oracle(self) -> Case:
+        return Case(rule=self.rule, tied=self.tied, frozen=self.frozen, spiking=self.spiking)
+
+
+@dataclass(frozen=True)
+class Rows:
+    tokens: Tensor
+    labels: Tensor
+    document_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run computed: numbers of every step, gradients of the first, final parameters."""
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+
+def config_of(case: Case) -> ModelConfig:
+    """Sizes that no number of ranks divides; the gate has fewer rows than four ranks."""
+    return ModelConfig(
+        vocab_size=61,
+        hidden_size=18,
+        intermediate_size=22,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        mixers="L S",
+        ffns="d*2",
+        qkv_bias=True,
+        qk_norm=True,
+        window_tokens=5,
+        tie_word_embeddings=case.tied,
+        linear=LinearAttentionConfig(gate_low_rank_dim=3),
+        initializer_range=0.3,
+    )
+
+
+def spiking_of(case: Case) -> SpikingConfig:
+    return SpikingConfig(neuron=NeuronKind.adaptive if case.spiking else NeuronKind.off)
+
+
+def groups_of(case: Case, names: Sequence[str]) -> list[ParamGroup]:
+    """Matrices decay; gates learn at another rate; the frozen case leaves the embedding out."""
+    trained = [n for n in names if not (case.frozen and n in ("embedding.weight", FROZEN_NORM))]
+    gates = tuple(n for n in trained if "gate_" in n)
+    norms = tuple(n for n in trained if n not in gates and (n.endswith(("norm.weight", "bias"))))
+    others = tuple(n for n in trained if n not in gates and n not in norms)
+    return [
+        ParamGroup(others, weight_decay=0.1, lr_factor=1.0),
+        ParamGroup(norms, weight_decay=0.0, lr_factor=1.0),
+        ParamGroup(gates, weight_decay=0.0, lr_factor=2.0),
+    ]
+
+
+FROZEN_NORM = "blocks.1.mixer_norm.weight"
+
+
+def rows_of(step: int) -> Rows:
+    """All rows of a step: several documents a row, unequal numbers of masked labels."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens = torch.randint(61, (ROWS, TOKENS), generator=generator)
+    labels = torch.randint(61, (ROWS, TOKENS), generator=generator)
+    for row in range(ROWS):
+        labels[row, : 2 * row + 1] = -100
+    cuts = torch.rand(ROWS, TOKENS, generator=generator) < 0.15
+    cuts[:, 0] = False
+    return Rows(tokens, labels, cuts.long().cumsum(dim=1))
+
+
+def share_of(rows: Rows, rank: int, size: int, microbatch_rows: int) -> list[Rows]:
+    """The contiguous rows of one rank, in microbatches."""
+    each = ROWS // size
+    chunks = range(rank * each, (rank + 1) * each, microbatch_rows)
+    ends = [min(start + microbatch_rows, (rank + 1) * each) for start in chunks]
+    return [
+        Rows(rows.tokens[a:b], rows.labels[a:b], rows.document_ids[a:b])
+        for a, b in zip(chunks, ends, strict=True)
+    ]
+
+
+def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEngine:
+    config = config_of(case)
+    names = list(parameter_layouts(config))
+    return TorchEngine(
+        config,
+        mesh=mesh,
+        groups=groups_of(case, names),
+        rule=case.rule,
+        spiking=spiking_of(case),
+        kernels=KERNELS,
+        precision=case.precision,
+        shard=case.shard,
+        recompute=frozenset({0, 1}) if case.recompute else frozenset(),
+        seed=seed,
+        loss_chunk_tokens=16,
+    )
+
+
+def train_step(engine: TorchEngine, case: Case, step: int) -> float:
+    """Forward and backward of one step; returns its loss."""
+    rows = rows_of(step)
+    mine = share_of(rows, engine.mesh.rank, engine.mesh.size, case.microbatch_rows)
+    mine_targets = sum(int((m.labels != -100).sum()) for m in mine)
+    targets = engine.sum_over_ranks(torch.tensor([mine_targets], dtype=torch.float64))
+    spikes = Spikes(k=3.0) if case.spiking else None
+    return engine.forward_backward(mine, num_targets=int(targets), spikes=spikes)
+
+
+def train(engine: TorchEngine, case: Case, *, first: int = 0, last: int = STEPS) -> Run:
+    losses, norms = [], []
+    gradients: dict[str, Tensor] = {}
+    for step in range(first, last):
+        losses.append(train_step(engine, case, step))
+        if step == first:
+            gradients = gather(engine.mesh, engine.gradients())
+        norms.append(engine.clip_and_step(LEARNING_RATE))
+    return Run(tuple(losses), tuple(norms), gradients, gather(engine.mesh, engine.parameters))
+
+
+def gather(mesh: Mesh, boxes: dict[str, Box]) -> dict[str, Tensor]:
+    """Whole tensors of all ranks' boxes, on every rank."""
+    parts = mesh.gather({name: (box.slices, box.local.clone()) for name, box in boxes.items()})
+    whole = {}
+    for name, box in boxes.items():
+        tensor = torch.full(box.global_shape, torch.nan, dtype=box.local.dtype)
+        for part in parts:
+            slices, values = part[name]
+            tensor[slices] = values
+        whole[name] = tensor
+    return whole
+
+
+def oracle(case: Case) -> Run:
+    """The same run by the plain model in one pass a step."""
+    config = config_of(case)
+    model = Model(
+        config,
+        spiking=spiking_of(case),
+        loss_chunk_tokens=16,
+        kernels=KERNELS,
+    ).double()
+    layouts = model.layouts()
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(tensor_for(name, layouts[name], config, SEED))
+    groups = groups_of(case, list(layouts))
+    parameters = dict(model.named_parameters())
+    trained = [parameters[name] for group in groups for name in group.names]
+    optimizer = _plain_optimizer(case.rule, groups, parameters)
+    losses, norms = [], []
+    gradients: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        rows = rows_of(step)
+        sequence = SequenceContext.from_document_ids(rows.document_ids)
+        spikes = Spikes(k=3.0) if case.spiking else None
+        loss = model(rows.tokens, sequence, labels=rows.labels, spikes=spikes)
+        loss = loss / (rows.labels != -100).sum()
+        model.zero_grad()
+        loss.backward()
+        if step == 0:
+            gradients = {
+                name: parameters[name].grad.clone() for group in groups for name in group.names
+            }
+        norm = float(torch.cat([parameter.grad.flatten() for parameter in trained]).norm())
+        norms.append(norm)
+        if case.rule.clip_norm is not None and norm > case.rule.clip_norm:
+            for parameter in trained:
+                parameter.grad *= case.rule.clip_norm / norm
+        losses.append(float(loss.detach()))
+        optimizer.step()
+    final = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return Run(tuple(losses), tuple(norms), gradients, final)
+
+
+def _plain_optimizer(
+    rule: Rule, groups: Sequence[ParamGroup], parameters: dict[str, torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    arguments = [
+        {
+            "params": [parameters[name] for name in group.names],
+            "weight_decay": group.weight_decay,
+            "lr": LEARNING_RATE * group.lr_factor,
+        }
+        for group in groups
+    ]
+    if rule.name is RuleName.sgd:
+        return torch.optim.SGD(arguments)
+    betas = (rule.beta1, rule.beta2)
+    return torch.optim.AdamW(arguments, betas=betas, eps=rule.eps, foreach=False)

@@ -1,0 +1,112 @@
+"""What each level shares out, and in which dtype parameters act."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from parallel.backend.cpu import CpuBackend
+from parallel.config import ParallelConfig, Precision, Shard
+from parallel.engine import TorchEngine
+from parallel.mesh import init
+from tests.parallel.engine_cases import Case, build_engine, train_step
+from tests.support.closeness import assert_close
+from tests.support.distributed import run_ranks
+
+
+def dtypes_inside_forward(engine: TorchEngine, case: Case) -> dict[str, torch.dtype]:
+    """Dtype of every parameter as its module sees it while it runs."""
+    seen: dict[str, torch.dtype] = {}
+
+    def look(name: str, module: nn.Module) -> None:
+        for leaf, parameter in module.named_parameters(recurse=False):
+            assert not isinstance(parameter, DTensor), f"{name}.{leaf} is not gathered"
+            seen[f"{name}.{leaf}"] = parameter.dtype
+
+    handles = [
+        # Registered last, so that it runs after FSDP has gathered and cast.
+        module.register_forward_pre_hook(lambda m, _, name=name: look(name, m))
+        for name, module in engine.model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    train_step(engine, case, 0)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def step_and_look(engine: TorchEngine, case: Case) -> tuple[float, bool]:
+    """Loss of a step, and whether block 0 is still gathered when block 1 starts."""
+    gathered: list[bool] = []
+
+    def look(*_: Any) -> None:
+        weight = engine.model.get_parameter("blocks.0.ffn.up_proj.weight")
+        gathered.append(not isinstance(weight, DTensor))
+
+    handle = engine.model.get_submodule("blocks.1").register_forward_pre_hook(look)
+    loss = train_step(engine, case, 0)
+    handle.remove()
+    return loss, gathered[0]
+
+
+def look_at_levels(rank: int, world_size: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for shard in Shard:
+        mesh = init(CpuBackend(), ParallelConfig(shard=shard))
+        case = Case(shard=shard, recompute=shard is Shard.parameters, precision=Precision.bf16)
+        engine = build_engine(mesh, case)
+        results[f"{shard.name} dtypes"] = dtypes_inside_forward(engine, case)
+        results[f"{shard.name} at rest"] = {
+            (box.local.dtype, engine.gradients()[name].local.dtype)
+            for name, box in engine.parameters.items()
+        }
+        results[f"{shard.name} rows"] = engine.parameters["embedding.weight"].local.shape[0]
+        results[f"{shard.name} loss"], results[f"{shard.name} gathered after forward"] = (
+            step_and_look(engine, case)
+        )
+        wide = Case(shard=shard, precision=Precision.fp32)
+        results[f"{shard.name} fp32 loss"] = train_step(build_engine(mesh, wide), wide, 0)
+    return results
+
+
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder: Path = tmp_path_factory.mktemp("levels")
+    result: dict[str, Any] = run_ranks(look_at_levels, 2, tmp_path=folder)[0]
+    return result
+
+
+FLOAT32 = ("norm.weight", "gate_down.weight", "gate_up.weight", "gate_up.bias")
+
+
+@pytest.mark.parametrize("shard", [shard.name for shard in Shard])
+def test_norms_and_gates_act_in_float32(levels: dict[str, Any], shard: str) -> None:
+    seen: dict[str, torch.dtype] = levels[f"{shard} dtypes"]
+    assert {
+        "final_norm.weight",
+        "blocks.0.mixer.gate_up.bias",
+        "blocks.1.mixer.q_norm.weight",
+    } < set(seen)
+    for name, dtype in seen.items():
+        expected = torch.float32 if name.endswith(FLOAT32) else torch.bfloat16
+        assert dtype == expected, name
+
+
+@pytest.mark.parametrize("shard", [shard.name for shard in Shard])
+def test_masters_and_gradients_are_float32(levels: dict[str, Any], shard: str) -> None:
+    assert levels[f"{shard} at rest"] == {(torch.float32, torch.float32)}
+
+
+def test_rows_at_rest_and_after_forward(levels: dict[str, Any]) -> None:
+    assert [levels[f"{s.name} rows"] for s in Shard] == [61, 31, 31]
+    assert [levels[f"{s.name} gathered after forward"] for s in Shard] == [True, True, False]
+
+
+@pytest.mark.parametrize("shard", [shard.name for shard in Shard])
+def test_bfloat16_is_near_float32(levels: dict[str, Any], shard: str) -> None:
+    assert_close(levels[f"{shard} loss"], levels[f"{shard} fp32 loss"], relative=0.05)

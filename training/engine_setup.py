@@ -1,0 +1,96 @@
+"""From a run's config to its engine: groups, recomputation, precision. Builds nothing itself."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from models.cost import parameter_count
+from models.layouts import parameter_layouts
+from parallel.backend.base import Backend
+from parallel.config import Precision, Recompute
+from parallel.engine import TorchEngine
+from parallel.engine_protocol import ParamGroup
+from parallel.mesh import Mesh
+from training.config import RunConfig, TrainingConfig
+from training.metrics import Throughput
+from training.optimizer import build_groups
+from training.origin import Origin
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    Precision.fp64: torch.float64,
+    Precision.fp32: torch.float32,
+    Precision.bf16: torch.bfloat16,
+}
+
+
+def build_engine(config: RunConfig, backend: Backend, mesh: Mesh, origin: Origin) -> TorchEngine:
+    """The engine with its parameters drawn from the seed, or NaN where a checkpoint fills them.
+
+    Raises:
+        ValueError: a freeze pattern that matches nothing, or that leaves nothing to train.
+    """
+    names = list(parameter_layouts(config.model))
+    groups = build_groups(names, config.optimizer, new_parameters=origin.new_parameters)
+    _describe_groups(groups, len(names))
+    return TorchEngine(
+        config.model,
+        mesh=mesh,
+        groups=groups,
+        rule=config.optimizer,
+        spiking=config.spiking,
+        precision=config.training.precision,
+        shard=config.parallel.shard,
+        kernels=backend.kernels(),
+        recompute=recomputed_blocks(config.training, config.model.num_hidden_layers),
+        seed=None if origin.resume is not None else config.seed,
+        loss_chunk_tokens=config.training.loss_chunk_tokens,
+    )
+
+
+def recomputed_blocks(config: TrainingConfig, num_blocks: int) -> frozenset[int]:
+    """Indices of the blocks whose activations are computed again in the backward pass."""
+    if config.recompute is Recompute.none:
+        return frozenset()
+    every = config.recompute_every if config.recompute is Recompute.every_n else 1
+    return frozenset(range(0, num_blocks, every))
+
+
+def throughput(config: RunConfig, backend: Backend, mesh: Mesh) -> Throughput:
+    """Rates against the peak of all ranks' devices."""
+    peak = backend.peak_flops(DTYPES[config.training.precision])
+    return Throughput(config.model, None if peak is None else peak * mesh.size)
+
+
+def memory_bytes(backend: Backend) -> int | None:
+    """Peak memory of this rank's device, or what is in use where there is no peak."""
+    memory = backend.memory()
+    return memory.peak_bytes if memory.peak_bytes is not None else memory.used_bytes
+
+
+def describe(config: RunConfig, backend: Backend, mesh: Mesh) -> None:
+    """Log what will be trained, on what."""
+    for line in backend.explain():
+        logger.info("%s", line)
+    logger.info(
+        "%s | %s parameters | %s, dp %d, shard %s",
+        config.model.layers.describe(),
+        f"{parameter_count(config.model):,}",
+        config.training.precision.value,
+        mesh.dp_size,
+        config.parallel.shard.value,
+    )
+
+
+def _describe_groups(groups: list[ParamGroup], num_names: int) -> None:
+    for group in groups:
+        logger.info(
+            "%d parameters: weight decay %g, lr x %g",
+            len(group.names), group.weight_decay, group.lr_factor,
+        )  # fmt: skip
+    frozen = num_names - sum(len(group.names) for group in groups)
+    if frozen:
+        logger.info("%d parameters are frozen", frozen)

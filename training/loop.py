@@ -1,0 +1,120 @@
+"""The loop: fetch, step, record, save, until the run is done or asked to stop.
+
+Knows verbs, not mechanisms. All ranks go through it together; rank 0 writes and speaks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from parallel.mesh import Mesh
+from training.checkpoint import Checkpoints
+from training.health import FAILED, STOPPED, StopRequest, TrainingDivergedError, write_status
+from training.heldout import HeldOut
+from training.metrics import Sinks
+from training.stage_data import RunData
+from training.stages import Stage, StagePlan
+from training.state import TrainState
+from training.step import Stepper, Work
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """Everything a run needs after it has been set up."""
+
+    mesh: Mesh
+    plan: StagePlan
+    data: RunData
+    stepper: Stepper
+    checkpoints: Checkpoints
+    sinks: Sinks
+    held_out: HeldOut
+
+    def fit(self, state: TrainState) -> TrainState:
+        """Train from `state` to the end of the plan, or to the step where a rank was asked to stop.
+
+        Raises:
+            TrainingDivergedError: a loss or gradient norm that is not finite.
+            RankError: a checkpoint that could not be written.
+        """
+        saved_step = state.step
+        with StopRequest() as stop:
+            while state.step < self.plan.total_steps:
+                stage = self.plan.stage_of(state.step)
+                reached, saved_step = self._run_stage(stage, state, saved_step, stop)
+                if reached.step < stage.end_step:
+                    self._leave(reached, stage, stop, saved_step)
+                    return reached
+                state = reached
+        self._save(state, self.plan.stage_of(state.step - 1), saved_step)
+        return state
+
+    def _run_stage(
+        self, stage: Stage, state: TrainState, saved_step: int, stop: StopRequest
+    ) -> tuple[TrainState, int]:
+        """The steps of one stage that are left; fewer when a stop was requested."""
+        logger.info("stage %s from step %d", stage.name, state.step + 1)
+        place = {"rank": self.mesh.dp_rank, "size": self.mesh.dp_size}
+        with closing(self.data.stream(stage, state.step, **place)) as batches:
+            while state.step < stage.end_step:
+                started = time.perf_counter()
+                batch = next(batches)
+                agreement = self.stepper.agree(batch, stop=stop.reason is not None)
+                if agreement.is_stop_requested:
+                    break
+                sample_ids = self.data.sample_ids(stage, state.step)
+                work = Work(batch, sample_ids, agreement, started)
+                state = self._step(state, stage, work)
+                if self.checkpoints.is_due(state.step):
+                    saved_step = self._save(state, stage, saved_step)
+        return state, saved_step
+
+    def _step(self, state: TrainState, stage: Stage, work: Work) -> TrainState:
+        try:
+            state, row = self.stepper.step(state, stage, work)
+        except TrainingDivergedError as error:
+            self._note_failure(state, stage, work, error)
+            raise
+        self._record(row, stage, state.step)
+        return state
+
+    def _record(self, row: dict[str, Any], stage: Stage, step: int) -> None:
+        self.sinks.step(row)
+        if self.held_out.is_due(step, total_steps=self.plan.total_steps):
+            self.sinks.evaluation(self.held_out.evaluate(stage, step))
+
+    def _save(self, state: TrainState, stage: Stage, saved_step: int) -> int:
+        """Save unless this step already is; returns the newest saved step."""
+        if state.step > saved_step:
+            self.mesh.agree("writing the metrics", self.sinks.sync)
+            self.checkpoints.save(state, stage)
+        return state.step
+
+    def _leave(self, state: TrainState, stage: Stage, stop: StopRequest, saved_step: int) -> None:
+        """Save and say why the run ended early."""
+        last = self.plan.stage_of(max(0, state.step - 1))
+        if state.step > 0:
+            self._save(state, last, saved_step)
+        reasons = [reason for reason in self.mesh.gather(stop.reason) if reason is not None]
+        logger.info("stopped by %s after step %d; the same command goes on", reasons[0], state.step)
+        if self.mesh.is_main:
+            status = {"reason": reasons[0], "step": state.step, "stage": stage.name}
+            write_status(self.checkpoints.run_dir, STOPPED, status)
+
+    def _note_failure(
+        self, state: TrainState, stage: Stage, work: Work, error: TrainingDivergedError
+    ) -> None:
+        if self.mesh.is_main:
+            status = {
+                "error": str(error),
+                "step": state.step + 1,
+                "stage": stage.name,
+                "sample_ids": [str(sample) for sample in work.sample_ids],
+            }
+            write_status(self.checkpoints.run_dir, FAILED, status)
