@@ -40,7 +40,8 @@ class Mixture:
         num = len(self._weights)
         if num == 1:
             return np.zeros(count, dtype=np.int64), np.arange(start, start + count, dtype=np.int64)
-        # counts before time t sum to t within num / 2, so these times enclose the positions
+        # Counts before time t sum to t within num / 2, so these times enclose the positions, with
+        # one sample to spare for rounding.
         first = self._counts_before(max(0.0, start - num / 2 - 1.0))
         last = self._counts_before(start + count + num / 2 + 1.0)
         sizes = last - first
@@ -57,9 +58,6 @@ class Mixture:
         return due
 
     def _counts_before(self, time: float) -> NDArray[np.int64]:
-        """How many samples of each dataset are due before `time`, exactly as `_due` rounds."""
-        every = np.arange(len(self._weights))
+        """How many samples of each dataset are due before `time`, give or take rounding."""
         counts: NDArray[np.int64] = np.floor(self._weights * time + 0.5).astype(np.int64)
-        counts -= (counts > 0) & (self._due(every, counts - 1) >= time)
-        counts += self._due(every, counts) < time
         return counts

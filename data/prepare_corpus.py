@@ -58,6 +58,7 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         if not 0.0 <= self.heldout_fraction < 1.0:
             raise ValueError(f"heldout_fraction ({self.heldout_fraction}) must be in [0, 1).")
+        object.__setattr__(self, "on_error", OnError(self.on_error))  # words are welcome too
 
     def corpus(self) -> Corpus:
         """The source as a stream of documents."""
@@ -99,6 +100,7 @@ def prepare(source: str | None, out: Path, **options: Any) -> Manifest:
     arguments = given.arguments()
     reused = _reusable(out, arguments, given.on_error)
     if reused is None:
+        given.corpus()  # a source that is not there leaves no trace
         with exclusive(out):
             reused = _reusable(out, arguments, given.on_error)
             if reused is None:
@@ -211,12 +213,15 @@ def _tokenizer(options: PrepareOptions, corpus: Corpus, folder: Path) -> Tokeniz
             )
         given.copy_to(folder)
         return load_tokenizer(folder)
-    limit = options.tokenizer_sample_bytes
-    share = min(1.0, limit / max(1, corpus.size_bytes()))
+    limit, size = options.tokenizer_sample_bytes, corpus.size_bytes()
+    share = min(1.0, limit / max(1, size))
+    logger.info("sampling %.1f of %.1f MB for the tokenizer", min(limit, size) / 1e6, size / 1e6)
     # a list, bounded by `limit`: errors raised inside the trainer's iterator would lose their type
     sample = list(sample_stretches(_training_texts(options, corpus), share=share, max_bytes=limit))
     train_sentencepiece(sample, folder, vocab_size=options.vocab_size or DEFAULT_VOCAB_SIZE)
-    return load_tokenizer(folder, eos_token=options.eos_token)
+    trained = load_tokenizer(folder, eos_token=options.eos_token)
+    trained.copy_to(folder)
+    return trained
 
 
 def _training_texts(options: PrepareOptions, corpus: Corpus) -> Iterator[str]:

@@ -43,8 +43,6 @@ def train_sentencepiece(texts: Iterable[str], folder: Path, *, vocab_size: int) 
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            # the trainer keeps tabs for itself and drops sentences with one: a piece by decree
-            user_defined_symbols=["\t"],
             max_sentence_length=4 * SENTENCE_CHARACTERS,
             num_threads=1,
             minloglevel=2,
@@ -56,8 +54,7 @@ def train_sentencepiece(texts: Iterable[str], folder: Path, *, vocab_size: int) 
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MODEL_FILE).write_bytes(model.getvalue())
-    tokenizer = SentencePieceTokenizer(folder / MODEL_FILE)
-    tokenizer.copy_to(folder)
+    SentencePieceTokenizer(folder / MODEL_FILE).copy_to(folder)
     logger.info(
         "trained a tokenizer of %d pieces in %.1f s", vocab_size, time.monotonic() - started
     )
@@ -79,6 +76,7 @@ def sample_stretches(texts: Iterable[str], *, share: float, max_bytes: int) -> I
 
 
 def _without_tabs(texts: Iterable[str]) -> Iterator[str]:
+    """The trainer drops a sentence with a tab, its own separator; a tab is a byte piece then."""
     for text in texts:
         for part in text.split("\t"):
             for start in range(0, len(part), SENTENCE_CHARACTERS):

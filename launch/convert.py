@@ -26,7 +26,7 @@ from models.conversion.certificate import build_certificate, compare_numerically
 from models.conversion.convert import TargetTensor, plan_conversion
 from models.conversion.huggingface import SafetensorsFolder, copy_tokenizer, write_json
 from models.conversion.new_parameters import NormInit
-from models.conversion.source_checks import becomes_linear
+from models.conversion.source_checks import becomes_linear, warn_of_changes
 from models.conversion.source_config import read_config, read_format
 from models.layer_pattern import LayerPattern
 from models.layouts import is_new_parameter
@@ -55,11 +55,13 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         ValueError: a source or target that does not fit, before anything large is read.
         CheckpointError: the checkpoint could not be written.
     """
+    refuse_occupied(Path(config.out))
     source = SafetensorsFolder(config.source)
     base = read_config(source.config)
     target = target_model(config, base)
     check_key_bias(target, config.options)
     plan_conversion(source, target, config.options)  # refuses what does not fit, reads nothing
+    warn_of_changes(base, target)
     tokenizer = find_tokenizer(source.path)
     text = _sample(config, tokenizer)
     fitted = _fit(config, source, target, text)
@@ -89,6 +91,20 @@ def target_model(config: ConvertConfig, base: ModelConfig) -> ModelConfig:
         if getattr(target, name) is None:
             changes[name] = getattr(base, name)
     return dataclasses.replace(target, **changes)
+
+
+def refuse_occupied(out: Path) -> None:
+    """Refuse, before the work, an `out` that could not be written after it.
+
+    Raises:
+        ValueError: `out` holds something that is not a checkpoint.
+    """
+    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_free and not (out / "manifest.json").is_file():
+        raise ValueError(
+            f"out ({out}) must be new, empty or an older checkpoint: it is neither. "
+            "Name another folder."
+        )
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
 from launch.compose import command
-from models.config import STRICT, ModelConfig
+from models.config import STRICT, ModelConfig, SpikingConfig
 from models.conversion.convert import plan_conversion
 from models.conversion.huggingface import SafetensorsFolder
 from models.conversion.source_config import read_format
 from models.cost import new_parameter_count, parameter_count
 from parallel.checkpoint import read_manifest, tensor_dtypes, tensor_shapes, verify
+from training.resolved_config import changes, read_config
 from training.weights import MODEL, WeightSource, open_weights
 
 CERTIFICATE = "certificate.json"
+RUN_CONFIG = "config.yaml"
 _MODEL_KEYS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "window_tokens", "tie_word_embeddings",
@@ -92,15 +93,11 @@ def describe(path: Path, *, is_verified: bool = True) -> dict[str, Any]:
 
 def differences(here: Path, there: Path) -> list[tuple[str, Any, Any]]:
     """Settings that differ: run configs when both are run folders, else models and spiking."""
-    if all((folder / "config.yaml").is_file() for folder in (here, there)):
-        before, after = (_flat(_run_config(folder)) for folder in (here, there))
+    if all((folder / RUN_CONFIG).is_file() for folder in (here, there)):
+        before, after = (read_config(folder / RUN_CONFIG) for folder in (here, there))
     else:
-        before, after = (_flat(_settings(open_weights(folder))) for folder in (here, there))
-    return [
-        (key, before.get(key), after.get(key))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
+        before, after = (_settings(open_weights(folder)) for folder in (here, there))
+    return list(changes(before, after))
 
 
 def _hugging_face(source: WeightSource) -> dict[str, Any]:
@@ -157,23 +154,8 @@ def _certificate(path: Path) -> str:
 
 def _settings(source: WeightSource) -> dict[str, Any]:
     model = TypeAdapter(ModelConfig).dump_python(source.model, mode="json")
-    return {"model": model, "spiking": (source.manifest or {}).get("spiking") or {}}
-
-
-def _run_config(folder: Path) -> dict[str, Any]:
-    container = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves |= _flat(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
+    none = TypeAdapter(SpikingConfig).dump_python(SpikingConfig(), mode="json")
+    return {"model": model, "spiking": (source.manifest or {}).get("spiking") or none}
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ class Line:
 class Axis:
     """How a curve panel is labelled; `marks` are vertical lines with a word at a step.
 
-    `is_share` shows values as percentages.
+    `is_share` shows values as percentages; `cuts_start` lets the first twentieth of a long run
+    leave the top of the panel, so that the rest can be read.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Axis:
     marks: dict[str, float] = field(default_factory=dict)
     has_zero: bool = False
     is_share: bool = False
+    cuts_start: bool = False
 
 
 @contextmanager
@@ -105,6 +107,8 @@ def curves(lines: list[Line], axis: Axis, *, width: float = 9.2, height: float =
         ax.yaxis.set_major_formatter(
             PercentFormatter(1.0, decimals=0) if axis.is_share else FuncFormatter(_tick)
         )
+        if axis.cuts_start:
+            _cut_start(ax, lines)
         if axis.has_zero:
             ax.set_ylim(bottom=0)
         elif axis.is_share:
@@ -135,24 +139,40 @@ def thin(steps: Floats, values: Floats) -> tuple[Floats, Floats]:
 
 
 def smooth(values: Floats) -> Floats:
-    """Centred moving average over about a thirtieth of the run, narrower towards both ends."""
+    """Centred moving average over about a thirtieth of the run.
+
+    It narrows towards the start, where a loss falls steeply, and is one-sided at the end.
+    """
     half = max(2, len(values) // 60)
     index = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(index, index[::-1]))
+    first = index - np.minimum(half, index)
+    last = np.minimum(2 * index - first, len(values) - 1)
     total = np.concatenate([[0.0], np.cumsum(values)])
-    return np.asarray((total[index + reach + 1] - total[index - reach]) / (2 * reach + 1))
+    return np.asarray((total[last + 1] - total[first]) / (last + 1 - first))
 
 
 def _draw_line(ax: Any, line: Line) -> None:
     steps, values = thin(line.steps, line.values)
     if line.is_markers:
-        ax.plot(steps, values, "o-", color=line.color, markersize=4, label=line.label or None)
+        marker = "o" if len(steps) <= 60 else None
+        ax.plot(
+            steps, values, color=line.color, marker=marker, markersize=4, label=line.label or None
+        )
     elif not line.is_noisy or len(steps) < SMOOTHED_FROM:
         marker = "o" if len(steps) == 1 else None
         ax.plot(steps, values, color=line.color, marker=marker, label=line.label or None)
     else:
         ax.plot(steps, values, color=line.color, alpha=0.3, linewidth=0.9)
         ax.plot(steps, smooth(values), color=line.color, label=line.label or None)
+
+
+def _cut_start(ax: Any, lines: list[Line]) -> None:
+    """Fit the upper limit to what follows the first twentieth of each long curve."""
+    if max(len(line.values) for line in lines) < SMOOTHED_FROM:
+        return
+    bottom, _ = ax.get_ylim()
+    tops = [line.values[len(line.values) // 20 :].max() for line in lines]
+    ax.set_ylim(bottom, bottom + 1.05 * (max(tops) - bottom))
 
 
 def _draw_marks(ax: Any, marks: dict[str, float]) -> None:

@@ -38,7 +38,7 @@ caption { text-align: left; color: var(--soft); font-size: .88rem; padding-botto
 th, td { text-align: left; vertical-align: top; padding: .32rem 1.1rem .32rem 0;
   border-bottom: 1px solid var(--line); }
 thead th { border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; white-space: nowrap; }
 .num { text-align: right; white-space: nowrap; }
 figure { margin: 1rem 0 1.4rem; }
 figure img { display: block; width: 100%; height: auto; }
@@ -52,6 +52,11 @@ figcaption { color: var(--soft); font-size: .88rem; margin-top: .3rem; max-width
   background: #fff; border-radius: 4px;
   padding: .1rem .35rem; margin-right: .2rem; white-space: pre; }
 .sentence sub { color: var(--soft); margin-left: .25rem; }
+@media (max-width: 40rem) {
+  figure { overflow-x: auto; }
+  figure img { width: 42rem; max-width: none; }
+  .pair figure img { width: 100%; }
+}
 @media print {
   @page { margin: 15mm; }
   .pair { grid-template-columns: 1fr 1fr; }

@@ -70,7 +70,10 @@ def loss(inputs: ReportInputs) -> str:
         return missing("No training steps:", inputs.problems.get("metrics", ""), TRAIN)
     lines = [draw.Line(steps, losses, "training", is_noisy=True)]
     held_steps, held = series(inputs.evaluations, "loss")
-    words = "The pale line is each step, the strong one a moving average."
+    words = (
+        "The pale line is each step, the strong one a moving average; the first steps may lie "
+        "above the panel."
+    )
     if len(held):
         lines.append(draw.Line(held_steps, held, "held-out", draw.ORANGE, is_markers=True))
         remark = ""
@@ -79,7 +82,7 @@ def loss(inputs: ReportInputs) -> str:
             "No held-out loss:", inputs.problems.get("evaluations", "eval.jsonl is empty."),
             "Train with `evaluation.interval_steps=N` to have it.",
         )  # fmt: skip
-    axis = draw.Axis("Training and held-out loss", "nats a token", _marks(inputs))
+    axis = draw.Axis("Training and held-out loss", "nats a token", _marks(inputs), cuts_start=True)
     return figure(draw.curves(lines, axis), f"Next-token loss. {words}") + remark
 
 

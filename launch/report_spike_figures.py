@@ -130,30 +130,6 @@ def _token_label(index: int, token: str) -> str:
     return f"{text[:14]} {index + 1}".replace("$", r"\$") if is_safe else str(index + 1)
 
 
-def visible(token: str) -> str:
-    """A token's text with line breaks and tabs as signs."""
-    return token.replace("\r", "").replace("\n", "↵").replace("\t", "⇥")
-
-
-def _pairs(values: list[float]) -> list[tuple[float, float]]:
-    return list(zip(values, values[1:], strict=False))
-
-
-def _token_label(index: int, token: str) -> str:
-    """Number and text; only the number where the figure's font may lack the characters."""
-    text = visible(token).strip() or "space"
-    is_safe = all(32 <= ord(c) < 256 or c in "↵⇥" for c in text)
-    return f"{text[:14]} {index + 1}".replace("$", r"\$") if is_safe else str(index + 1)
-
-
-def _share_limits(sites: dict[str, dict[int, float]]) -> tuple[float, float]:
-    """Axis limits around shares: a tenth wide at least, so that noise does not look like news."""
-    values = [value for layers in sites.values() for value in layers.values()] or [0.0, 1.0]
-    low, high = min(values), max(values)
-    pad = max(0.08 * (high - low), (0.1 - (high - low)) / 2)
-    return max(0.0, low - pad), min(1.0, high + pad) + 1e-3
-
-
 def _weights(num_steps: int) -> str:
     """`8, 4, 2, 1`."""
     return ", ".join(str(2**bit) for bit in range(num_steps - 1, -1, -1))

@@ -118,7 +118,7 @@ def every_site(inputs: ReportInputs) -> str:
         )
         for layer, site in places
     ]
-    headers = ["layer, site", *(metric.replace("_", " ") for metric in METRICS)]
+    headers = ["layer, site", *(_words(metric) for metric in METRICS)]
     return table(headers, table_rows, digits=3)
 
 
@@ -162,8 +162,13 @@ def _evaluated(summary: Row) -> str:
     if not isinstance(found, Mapping):
         return ""
     rows = [
-        (str(k).replace("_", " "), number(v, 3) if str(k).startswith("mean") else percent(v, 2))
+        (_words(str(k)), number(v, 3) if str(k).startswith("mean") else percent(v, 2))
         for k, v in found.items()
         if is_number(v)
     ]
-    return table(["held-out text", "value"], rows, caption="From summary.json") if rows else ""
+    caption = "Evaluation of the spiked model (summary.json), every value counted once."
+    return table(["held-out text", "value"], rows, caption=caption) if rows else ""
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_le_", " ≤ ").replace("_", " ")

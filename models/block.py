@@ -5,8 +5,6 @@ Shape letters: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 from models.feed_forward import SwiGLU
@@ -16,9 +14,7 @@ from models.linear_attention import GatedLinearAttention
 from models.norm import RMSNorm
 from models.sequence import SequenceContext
 from models.softmax_attention import KeyValueCache, SoftmaxAttention
-
-if TYPE_CHECKING:
-    from models.spiking.neurons import Spikes
+from models.spiking.neurons import Spikes
 
 Mixer = SoftmaxAttention | GatedLinearAttention
 MixerState = KeyValueCache | Tensor | None

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import Parts
-
-if TYPE_CHECKING:
-    from models.spiking.neurons import Spikes
+from models.spiking.neurons import Spikes
 
 
 class SwiGLU(nn.Module):

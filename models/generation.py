@@ -7,7 +7,6 @@ letters: B batch, T tokens, n new tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +14,7 @@ from torch import Tensor
 from models.block import MixerState
 from models.model import Model
 from models.softmax_attention import KeyValueCache
-
-if TYPE_CHECKING:
-    from models.spiking.neurons import Spikes
+from models.spiking.neurons import Spikes
 
 PREFILL_CHUNK_TOKENS = 2048
 

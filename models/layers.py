@@ -12,18 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.kernels import KernelSet
 from models.loss import chunked_cross_entropy, chunked_token_losses, logits_of
 from models.rotary import Rotary
-
-if TYPE_CHECKING:
-    from models.kernels import KernelSet
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,6 @@ Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,9 +14,7 @@ from models.layers import Parts
 from models.norm import RMSNorm
 from models.projections import HeadProjections
 from models.sequence import SequenceContext
-
-if TYPE_CHECKING:
-    from models.spiking.neurons import Spikes
+from models.spiking.neurons import Spikes
 
 
 class GatedLinearAttention(HeadProjections):

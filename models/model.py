@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from models.block import Block
 from models.config import ModelConfig, SpikingConfig
+from models.kernels import KernelSet, default_kernels
 from models.layers import LayerProvider, LocalLayers, ParamLayout, Parts
 from models.layouts import parameter_layouts, refuse_unsupported
 from models.norm import RMSNorm
 from models.rotary import Rotary
 from models.sequence import SequenceContext
-from models.spiking.neurons import build_neuron
-
-if TYPE_CHECKING:
-    from models.kernels import KernelSet
-    from models.spiking.neurons import Spikes
+from models.spiking.neurons import Spikes, build_neuron
 
 
 class Model(nn.Module):
@@ -64,7 +60,7 @@ class Model(nn.Module):
         parts = Parts(
             config=config,
             layers=provider,
-            kernels=kernels or _default_kernels(),
+            kernels=kernels or default_kernels(),
             rotary=Rotary(config),
             build_neuron=lambda: build_neuron(self.spiking, provider.channel_mean_abs),
         )
@@ -153,12 +149,6 @@ class Model(nn.Module):
                 f"recompute ({wrong}) must be block indices below the number of layers: got "
                 f"{count}. Remove them."
             )
-
-
-def _default_kernels() -> KernelSet:
-    from models.kernels import default_kernels
-
-    return default_kernels()
 
 
 def _without_records(spikes: Spikes | None) -> AbstractContextManager[None]:

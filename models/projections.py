@@ -6,15 +6,11 @@ Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 from models.layers import Parts
 from models.norm import RMSNorm
-
-if TYPE_CHECKING:
-    from models.spiking.neurons import Spikes
+from models.spiking.neurons import Spikes
 
 
 class HeadProjections(nn.Module):

@@ -68,12 +68,14 @@ class Rotary:
     def compute(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """Tables of integer `positions` `[B, T]`, not remembered."""
         table_dtype = torch.promote_types(dtype, torch.float32)
-        frequencies = self._frequencies.to(positions.device)
-        angles = (positions.to(torch.float64)[..., None] * frequencies).unsqueeze(2)
-        return Rotation(
-            cos=(angles.cos() * self._scale).to(table_dtype),
-            sin=(angles.sin() * self._scale).to(table_dtype),
-        )
+        # A remembered table must stay usable by autograd after an evaluation in inference mode.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            frequencies = self._frequencies.to(positions.device)
+            angles = (positions.to(torch.float64)[..., None] * frequencies).unsqueeze(2)
+            return Rotation(
+                cos=(angles.cos() * self._scale).to(table_dtype),
+                sin=(angles.sin() * self._scale).to(table_dtype),
+            )
 
 
 class _Rotate(torch.autograd.Function):

@@ -5,8 +5,6 @@ Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -15,9 +13,7 @@ from models.layers import Parts
 from models.projections import HeadProjections
 from models.rotary import rotate
 from models.sequence import SequenceContext
-
-if TYPE_CHECKING:
-    from models.spiking.neurons import Spikes
+from models.spiking.neurons import Spikes
 
 
 class KeyValueCache:

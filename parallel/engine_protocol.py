@@ -33,7 +33,9 @@ class Microbatch(Protocol):
 class Engine(Protocol):
     """What a training loop needs. Every method is collective: all ranks call it together."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """The sharded model."""
 
     def forward_backward(
         self,

@@ -30,8 +30,8 @@ FLOAT32_MODULES = frozenset(
 )  # fmt: skip
 """Modules whose parameters act in float32 while the rest computes in bfloat16.
 
-FSDP2 would hand them bfloat16 weights inside forward (spec/engineering.md 11), so each block's lie
-in a unit of their own. Their inputs are not cast: norms return their input's dtype, and the gate
+FSDP2 would hand them bfloat16 weights inside forward (measured), so each block's lie in a unit of
+their own. Their inputs are not cast: norms return their input's dtype, and the gate
 widens its input itself.
 """
 

@@ -49,7 +49,7 @@ class Loop:
                 stage = self.plan.stage_of(state.step)
                 reached, saved_step = self._run_stage(stage, state, saved_step, stop)
                 if reached.step < stage.end_step:
-                    self._leave(reached, stage, stop, saved_step)
+                    self._leave(reached, stop, saved_step)
                     return reached
                 state = reached
         self._save(state, self.plan.stage_of(state.step - 1), saved_step)
@@ -65,7 +65,8 @@ class Loop:
             while state.step < stage.end_step:
                 started = time.perf_counter()
                 batch = next(batches)
-                agreement = self.stepper.agree(batch, stop=stop.reason is not None)
+                must_stop = stop.reason is not None or self.sinks.problem is not None
+                agreement = self.stepper.agree(batch, stop=must_stop)
                 if agreement.is_stop_requested:
                     break
                 sample_ids = self.data.sample_ids(stage, state.step)
@@ -92,15 +93,21 @@ class Loop:
     def _save(self, state: TrainState, stage: Stage, saved_step: int) -> int:
         """Save unless this step already is; returns the newest saved step."""
         if state.step > saved_step:
-            self.mesh.agree("writing the metrics", self.sinks.sync)
+            self._agree_on_rows()
             self.checkpoints.save(state, stage)
         return state.step
 
-    def _leave(self, state: TrainState, stage: Stage, stop: StopRequest, saved_step: int) -> None:
-        """Save and say why the run ended early."""
-        last = self.plan.stage_of(max(0, state.step - 1))
+    def _agree_on_rows(self) -> None:
+        """No rank goes on when a row is not on the disk."""
+        action = f"writing rows to {self.checkpoints.run_dir} (free space and run again)"
+        self.mesh.agree(action, self.sinks.sync)
+
+    def _leave(self, state: TrainState, stop: StopRequest, saved_step: int) -> None:
+        """Save and say why the run ends early."""
+        self._agree_on_rows()
+        stage = self.plan.stage_of(max(0, state.step - 1))
         if state.step > 0:
-            self._save(state, last, saved_step)
+            self._save(state, stage, saved_step)
         reasons = [reason for reason in self.mesh.gather(stop.reason) if reason is not None]
         logger.info("stopped by %s after step %d; the same command goes on", reasons[0], state.step)
         if self.mesh.is_main:

@@ -7,6 +7,7 @@ loop, except for the arithmetic of throughput and model FLOPs utilisation.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -53,8 +54,9 @@ class RowFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what could not be written before is not tried again."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def truncate_after(path: Path, last_step: int) -> int:
@@ -101,7 +103,7 @@ class Visible:
 class Throughput:
     """Turns one step's tokens, seconds and visible keys into rates.
 
-    `mfu` follows spec/traps.md 9: model FLOPs with the keys that were really visible in the packed
+    `mfu` follows `models.cost`: model FLOPs with the keys that were really visible in the packed
     documents, recomputation and spike encoding not counted. `mfu_6n` is the usual 6 N a token, N
     without the embedding lookup.
     `peak_flops` is that of all ranks together, None where it is unknown.
@@ -128,28 +130,45 @@ class Throughput:
         return None if self.peak_flops is None else flops_per_second / self.peak_flops
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sinks:
-    """Where rows go: on rank 0 the two files and the listeners, elsewhere nowhere."""
+    """Where rows go: on rank 0 the two files and the listeners, elsewhere nowhere.
+
+    A row that cannot be written must end all ranks together, so the error is kept in `problem`
+    until they next agree on something, and `check` raises it there.
+    """
 
     metrics: RowFile | None
     evaluations: RowFile | None
     callbacks: Sequence[Callback]
+    problem: OSError | None = None
 
-    def step(self, row: dict[str, Any]) -> None:
+    def step(self, row: Mapping[str, Any]) -> None:
         """Write and announce a step's row."""
-        if self.metrics is not None:
-            self.metrics.write(row)
+        self._write(self.metrics, row)
         notify(self.callbacks, "on_step", row)
 
-    def evaluation(self, row: dict[str, Any]) -> None:
+    def evaluation(self, row: Mapping[str, Any]) -> None:
         """Write and announce an evaluation's row."""
-        if self.evaluations is not None:
-            self.evaluations.write(row)
+        self._write(self.evaluations, row)
         notify(self.callbacks, "on_evaluation", row)
 
+    def check(self) -> None:
+        """Raise the problem of an earlier row.
+
+        Raises:
+            OSError: a row could not be written.
+        """
+        if self.problem is not None:
+            raise self.problem
+
     def sync(self) -> None:
-        """Put all rows on the disk, before a checkpoint relies on them."""
+        """Put all rows on the disk, before a checkpoint relies on them.
+
+        Raises:
+            OSError: some row could not be written.
+        """
+        self.check()
         for file in (self.metrics, self.evaluations):
             if file is not None:
                 file.sync()
@@ -161,6 +180,14 @@ class Sinks:
         for file in (self.metrics, self.evaluations):
             if file is not None:
                 file.close()
+
+    def _write(self, file: RowFile | None, row: Mapping[str, Any]) -> None:
+        if file is None or self.problem is not None:
+            return
+        try:
+            file.write(row)
+        except OSError as error:
+            self.problem = error
 
 
 def _is_row_up_to(line: bytes, last_step: int) -> bool:

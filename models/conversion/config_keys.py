@@ -17,13 +17,16 @@ class Format(Enum):
     gla_swa = "gla_swa"
 
 
+NOTE_KEY = "synfire"
+"""Where our exports say what a format has no words for."""
+
 HARMLESS_KEYS = frozenset({
     "architectures", "auto_map", "model_type", "transformers_version", "_name_or_path",
     "name_or_path", "_attn_implementation_autoset", "torch_dtype", "dtype", "use_cache",
     "pad_token_id", "unk_token_id", "sep_token_id", "return_dict", "output_attentions",
     "output_hidden_states", "id2label", "label2id", "num_labels", "tokenizer_class", "max_length",
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "attn_mode",
-    "fuse_cross_entropy", "fuse_norm", "conv_size", "synfire",
+    "fuse_cross_entropy", "fuse_norm", "conv_size", NOTE_KEY,
 })  # fmt: skip
 """Keys that change nothing that we compute."""
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models.config import ModelConfig, SpikingConfig
-from models.conversion.config_keys import Format
+from models.conversion.config_keys import NOTE_KEY, Format
 from models.conversion.huggingface import (
     CONFIG,
     GENERATION_CONFIG,
@@ -22,7 +22,7 @@ from models.conversion.huggingface import (
     write_json,
     write_sharded,
 )
-from models.conversion.target_config import NOTE_KEY, check_format, write_config
+from models.conversion.target_config import check_format, write_config
 from models.conversion.weight_map import theirs
 from models.layouts import parameter_layouts
 

@@ -21,7 +21,7 @@ _NOTED = ("rms_norm_eps", "rope")
 
 
 def check_target(source: ModelConfig, target: ModelConfig) -> None:
-    """Refuse a target whose sizes or layers the source cannot fill; warn about changed constants.
+    """Refuse a target whose sizes or layers the source cannot fill.
 
     Raises:
         ValueError: naming the key and both values.
@@ -37,12 +37,12 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
         raise ValueError(
             "model.tie_word_embeddings (true) must be false: the source has its own output head."
         )
-    for key in _NOTED:
-        if getattr(source, key) != getattr(target, key):
-            logger.warning(
-                "model.%s (%s) is not the source's (%s): step 0 changes by it.",
-                key, getattr(target, key), getattr(source, key),
-            )  # fmt: skip
+    has_linear = any(MixerKind.linear in layer for layer in source.layers.mixers)
+    if has_linear and source.linear != target.linear:
+        raise ValueError(
+            f"model.linear ({target.linear}) must equal the source's, which has L layers: got "
+            f"{source.linear}."
+        )
     pairs = zip(source.layers.mixers, target.layers.mixers, strict=True)
     for index, (before, after) in enumerate(pairs):
         if before == (MixerKind.linear,) and after != before and after:
@@ -50,6 +50,16 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
                 f"mixers ({target.mixers}) layer {index} must stay L as in the source: "
                 f"got {after[0].value}. Its gates and head norm have no place in another mixer."
             )
+
+
+def warn_of_changes(source: ModelConfig, target: ModelConfig) -> None:
+    """Name settings that differ and that no shape would show."""
+    for key in _NOTED:
+        if getattr(source, key) != getattr(target, key):
+            logger.warning(
+                "model.%s (%s) is not the source's (%s): step 0 changes by it.",
+                key, getattr(target, key), getattr(source, key),
+            )  # fmt: skip
 
 
 def check_source(source: TensorSource, config: ModelConfig, format: Format) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import LinearAttentionConfig, ModelConfig, RopeConfig, RopeType
-from models.conversion.config_keys import ConfigKeys, Format
+from models.conversion.config_keys import NOTE_KEY, ConfigKeys, Format
 from models.layer_pattern import compress
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,9 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     hidden = keys.positive("hidden_size")
     eps = float(keys.take("norm_eps" if format is Format.gla_swa else "rms_norm_eps", 1e-6))
     mixers, window = _mixers(keys, layers)
+    includes_self = _window_includes_self(keys)
+    if window is not None and format is Format.gla_swa and includes_self:
+        window += 1
     qkv_bias, output_bias, ffn_bias = _biases(keys)
     config = ModelConfig(
         vocab_size=keys.positive("vocab_size"),
@@ -97,7 +100,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         initializer_range=float(keys.take("initializer_range", 0.02)),
         max_position_embeddings=int(keys.take("max_position_embeddings", _MAX_POSITIONS[format])),
         window_tokens=window,
-        window_includes_self=format is not Format.gla_swa,
+        window_includes_self=includes_self,
         rope=_rope(keys),
         linear=LinearAttentionConfig(
             gate_low_rank_dim=int(keys.take("gate_low_rank_dim", 16)),
@@ -163,6 +166,14 @@ def _mixers(keys: ConfigKeys, layers: int) -> tuple[str, int | None]:
         window = keys.take("sliding_window", None if keys.has("sliding_window") else 4096)
         return (f"F*{layers}" if window is None else f"S*{layers}"), window
     return _qwen_mixers(keys, layers)
+
+
+def _window_includes_self(keys: ConfigKeys) -> bool:
+    """The public format counts earlier keys only; our exports note what the model itself said."""
+    if keys.format is not Format.gla_swa:
+        return True
+    note = keys.take(NOTE_KEY, {})
+    return isinstance(note, Mapping) and note.get("window_includes_self") is True
 
 
 def _qwen_mixers(keys: ConfigKeys, layers: int) -> tuple[str, int | None]:

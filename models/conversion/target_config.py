@@ -11,11 +11,8 @@ from typing import Any
 import torch
 
 from models.config import ModelConfig, NeuronKind, RopeType, SpikingConfig
-from models.conversion.config_keys import Format
+from models.conversion.config_keys import NOTE_KEY, Format
 from models.layer_pattern import FfnKind, MixerKind
-
-NOTE_KEY = "synfire"
-"""The config key under which an export says what its format has no words for; readers ignore it."""
 
 _ARCHITECTURE = {
     Format.qwen2: "Qwen2ForCausalLM",
@@ -109,6 +106,8 @@ def write_config(
     else:
         written |= _transformer_keys(config, format)
     note: dict[str, Any] = {"pattern": config.layers.describe()}
+    if format is Format.gla_swa:
+        note["window_includes_self"] = config.window_includes_self
     if spiking is not None and spiking.neuron is not NeuronKind.off:
         note["spiking"] = {"neuron": spiking.neuron.value, "k": spiking.k}
     return {**written, NOTE_KEY: note}

@@ -7,16 +7,14 @@ tokens, N query heads, G key-value heads, R = N / G, H head dim, S documents.
 
 from __future__ import annotations
 
-import logging
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from models.kernels import chunked
+from models.kernels.fallback import warn_once
 from models.sequence import SequenceContext
-
-logger = logging.getLogger(__name__)
 
 # Up to here the recurrent kernel does less work than one padded chunk.
 _RECURRENT_TOKENS = 16
@@ -54,7 +52,7 @@ def linear_attention(  # noqa: PLR0913 - the signature every linear attention ke
     go to the chunked kernel, with a warning.
     """
     if torch.float64 in (q.dtype, log_decay.dtype):
-        logger.warning("linear='fla' has no float64 kernel: the chunked one computes instead.")
+        warn_once("linear='fla'", torch.float64, "linear='chunked'")
         return chunked.linear_attention(
             q, k, v, log_decay, scale=scale, sequence=sequence,
             initial_state=initial_state, output_final_state=output_final_state,

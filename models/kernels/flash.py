@@ -6,15 +6,12 @@ Tq queries, Tk keys, N query heads, G key-value heads, H head dim.
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 
 from models.kernels import blocked
+from models.kernels.fallback import warn_once
 from models.sequence import SequenceContext
-
-logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float16, torch.bfloat16)
 
@@ -49,7 +46,7 @@ def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention 
     warning.
     """
     if q.dtype not in _DTYPES:
-        logger.warning("softmax='flash_attn' has no %s kernel: the blocked one computes.", q.dtype)
+        warn_once("softmax='flash_attn'", q.dtype, "softmax='blocked'")
         return blocked.softmax_attention(q, k, v, scale=scale, window=window, sequence=sequence)
     from flash_attn import flash_attn_varlen_func
 

@@ -6,8 +6,6 @@ Shape letters: B rows, Tq queries, Tk keys, N query heads, G key-value heads, H 
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,9 +14,8 @@ import torch
 from torch import Tensor
 
 from models.kernels import blocked
+from models.kernels.fallback import warn_once
 from models.sequence import SequenceContext
-
-logger = logging.getLogger(__name__)
 
 _MaskKey = tuple[int, int, int | None, torch.device]
 
@@ -54,7 +51,7 @@ def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention 
     warning; a single query (decoding) goes there too, where nothing would be gained.
     """
     if q.dtype is torch.float64:
-        logger.warning("softmax='flex' has no float64 kernel: the blocked one computes instead.")
+        warn_once("softmax='flex'", q.dtype, "softmax='blocked'")
     if q.dtype is torch.float64 or q.shape[1] == 1:
         return blocked.softmax_attention(q, k, v, scale=scale, window=window, sequence=sequence)
     packed = sequence is not None and not sequence.is_one_document_per_row
@@ -85,18 +82,20 @@ def _shared_mask(key: _MaskKey) -> Any:
     return _build(key, None)
 
 
-_recent: dict[tuple[int, _MaskKey], tuple[weakref.ref[Tensor], Any]] = {}
+_recent: dict[tuple[int, _MaskKey], Any] = {}
+# Batches in flight (pipelined or recomputed) times kinds of mask. A kept mask holds its ids, so
+# their address stays theirs.
+_KEPT_MASKS = 16
 
 
 def _document_mask(key: _MaskKey, document_ids: Tensor) -> Any:
-    """Mask of one packed batch, built once for all of its layers."""
-    for known, (owner, _) in list(_recent.items()):
-        if owner() is None:
-            del _recent[known]
-    known = (id(document_ids), key)
-    if known not in _recent:
-        _recent[known] = (weakref.ref(document_ids), _build(key, document_ids))
-    return _recent[known][1]
+    """Mask of one packed batch, built once for all of its layers; the oldest goes first."""
+    owner = (id(document_ids), key)
+    if owner not in _recent:
+        if len(_recent) >= _KEPT_MASKS:
+            del _recent[next(iter(_recent))]
+        _recent[owner] = _build(key, document_ids)
+    return _recent[owner]
 
 
 def _build(key: _MaskKey, document_ids: Tensor | None) -> Any:

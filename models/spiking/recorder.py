@@ -13,7 +13,7 @@ steps silent.
   "per-step").
 - `silent_share`: share of values with count 0 (definition 3, "silent channels").
 - `window_sparsity`: share of all-zero windows among the three (definition 1; the one that
-  reproduces the report's 69 % at k = 3: spec/spikingbrain.md 4.5).
+  reproduces the report's 69 % at k = 3 on Gaussian activations).
 - `share_le_7`: share of values with |count| <= 7, which fit in one window.
 - `clipped_share`: share of values that `max_count` cut (0 without a clip).
 """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from parallel.backend.base import Backend, KernelChoice, Memory
-from parallel.backend.kernel_choice import Candidate, choose
+from parallel.backend.kernel_choice import choose
 
 if TYPE_CHECKING:
     from models.kernels import KernelSet
@@ -33,15 +33,9 @@ PEAK_TFLOPS: tuple[tuple[str, dict[torch.dtype, float]], ...] = (
     ("L4", {torch.bfloat16: 121.0, torch.float32: 30.3}),
 )
 
-LINEAR_CANDIDATES = (
-    Candidate("fla", "fla.ops.gla", "pip install flash-linear-attention"),
-    Candidate("chunked", None, ""),
-)
-SOFTMAX_CANDIDATES = (
-    Candidate("flash_attn", "flash_attn", "pip install flash-attn"),
-    Candidate("flex", "torch.nn.attention.flex_attention", "install Triton beside torch"),
-    Candidate("blocked", None, ""),
-)
+LINEAR_KERNELS = ("fla", "chunked")
+SOFTMAX_KERNELS = ("flash_attn", "flex", "blocked")
+"""Fastest first."""
 
 
 class CudaBackend(Backend):
@@ -89,10 +83,10 @@ class CudaBackend(Backend):
         torch.cuda.synchronize()
 
     def kernel_choices(self) -> tuple[KernelChoice, ...]:
-        """The first candidate of each operation that is installed."""
+        """The fastest kernel of each operation whose library works here."""
         return (
-            choose("linear attention", LINEAR_CANDIDATES),
-            choose("softmax attention", SOFTMAX_CANDIDATES),
+            choose("linear attention", LINEAR_KERNELS),
+            choose("softmax attention", SOFTMAX_KERNELS),
         )
 
     def kernels(self) -> KernelSet:
@@ -115,7 +109,7 @@ class CudaBackend(Backend):
         names = [torch.cuda.get_device_name(index) for index in range(self.num_devices())]
         lines = [
             f"device: {len(names)} x {names[0] if names else 'none'}, CUDA {torch.version.cuda}",
-            f"collectives: nccl {'.'.join(map(str, torch.cuda.nccl.version()))} (gloo for CPU)",
+            f"collectives: nccl {_nccl_version()} for tensors on devices, gloo for others",
             *self.kernel_lines(),
         ]
         if self.peak_flops(torch.bfloat16) is None:
@@ -125,6 +119,11 @@ class CudaBackend(Backend):
         if "NCCL_P2P_DISABLE" in os.environ:
             lines.append("NCCL_P2P_DISABLE is set: devices talk through host memory, slowly")
         return lines
+
+
+def _nccl_version() -> str:
+    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return ".".join(str(part) for part in version)
 
 
 def table_flops(device_name: str, dtype: torch.dtype) -> float | None:

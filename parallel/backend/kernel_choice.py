@@ -1,42 +1,37 @@
-"""Which kernel of each operation an accelerator gets: the first candidate that is installed."""
+"""Which kernel of each operation an accelerator gets: the first of a list that can run here."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable, Sequence
 
 from parallel.backend.base import KernelChoice
 
+Require = Callable[[str], None]
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A kernel by name, the module it needs (None: only torch) and how to get that module."""
-
-    name: str
-    module: str | None
-    remedy: str
+MODULES = {"fla": "fla", "flash_attn": "flash", "flex": "flex"}
+"""Kernels that need more than torch, and their module in `models.kernels`."""
 
 
-def is_installed(module: str) -> bool:
-    """Whether a module can be found, without importing it (its parents are imported)."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
+def require(kernel: str) -> None:
+    """Ask a kernel's own module whether its library works here (this imports the library).
+
+    Raises:
+        ValueError: it does not; the message says what to install.
+    """
+    if kernel in MODULES:
+        importlib.import_module(f"models.kernels.{MODULES[kernel]}").require()
 
 
-def choose(operation: str, candidates: Sequence[Candidate]) -> KernelChoice:
-    """Take the first installed candidate; the last needs nothing and is the slow way out."""
-    missing: list[str] = []
-    for candidate in candidates:
-        if candidate.module is None:
-            reason = "; ".join(missing) or "plain torch"
-            return KernelChoice(operation, candidate.name, reason, is_slow=bool(missing))
-        if is_installed(candidate.module):
-            reason = f"{candidate.module} is installed"
-            if missing:
-                reason += f" ({'; '.join(missing)})"
-            return KernelChoice(operation, candidate.name, reason)
-        missing.append(f"{candidate.name} needs {candidate.module}: {candidate.remedy}")
-    raise AssertionError(f"no candidate for {operation} works everywhere")
+def choose(operation: str, kernels: Sequence[str], require: Require = require) -> KernelChoice:
+    """Take the first kernel that works; the last one needs nothing and is the slow way out."""
+    *fast, fallback = kernels
+    problems: list[str] = []
+    for kernel in fast:
+        try:
+            require(kernel)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        return KernelChoice(operation, kernel, " ".join(["its library works.", *problems]))
+    return KernelChoice(operation, fallback, " ".join(["plain torch.", *problems]), is_slow=True)

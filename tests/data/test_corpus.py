@@ -32,6 +32,7 @@ def test_a_folder_is_read_in_sorted_order_by_ending(tmp_path: Path) -> None:
     assert [d.name for d in read(Corpus(root=tmp_path))] == [
         "a.md", "b.c", "z.py", "b/a.txt", "b/x.py",
     ]  # fmt: skip
+    assert "empty.py" not in {file.name for file in Corpus(root=tmp_path).files()}
     assert Corpus(root=tmp_path).size_bytes() == sum(len(f"content of {n}\n") for n in names)
 
 

@@ -136,6 +136,16 @@ def test_a_given_tokenizer_is_used_and_copied(tmp_path: Path, given: Path, form:
         prepare(str(source), tmp_path / "other", tokenizer=path, vocab_size=400)
 
 
+def test_a_chosen_end_token_stays_chosen(tmp_path: Path, given: Path) -> None:
+    source = str(folder_of(tmp_path / "src", texts(30)))
+    for name, tokenizer in (("a", given), ("b", None)):
+        size = None if tokenizer else VOCAB
+        out = tmp_path / name
+        manifest = prepare(source, out, tokenizer=tokenizer, vocab_size=size, eos_token="<s>")
+        assert manifest.eos_token_id == open_tokenizer(out).eos_token_id == 1
+        assert decoded(out, "train")
+
+
 def test_the_tokenizer_is_trained_without_heldout_text(tmp_path: Path) -> None:
     contents = texts(30)
     source = str(folder_of(tmp_path / "src", contents))
@@ -154,7 +164,7 @@ def test_damaged_documents_are_skipped_and_named_or_fatal(tmp_path: Path) -> Non
     source = folder_of(tmp_path / "src", texts(12))
     (source / "bad.py").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"bad\.py must be readable: not UTF-8"):
-        prepare(str(source), tmp_path / "out", vocab_size=VOCAB, on_error=OnError.fatal)
+        prepare(str(source), tmp_path / "out", vocab_size=VOCAB, on_error="fatal")
     assert not (tmp_path / "out").exists()
     manifest = prepare(str(source), tmp_path / "out", vocab_size=VOCAB)
     assert manifest.skipped_count == 1
@@ -187,6 +197,14 @@ def test_one_document_cannot_be_both_parts(tmp_path: Path, given: Path) -> None:
         assert not out.exists()
     manifest = prepare(source, out, tokenizer=given, heldout_fraction=0.0)
     assert list(manifest.counts) == ["train"]
+
+
+def test_a_source_that_is_not_there_leaves_no_trace(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"source \(.*nowhere\) must be an existing file or folder"
+    ):
+        prepare(str(tmp_path / "nowhere"), tmp_path / "made" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])

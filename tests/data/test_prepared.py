@@ -24,9 +24,10 @@ def test_a_manifest_survives_the_disk(folder: Path) -> None:
 
 
 def test_the_fingerprint_names_the_content_wherever_it_lies(folder: Path, tmp_path: Path) -> None:
-    same = write_folder(tmp_path / "b", random_documents(20), heldout=random_documents(3))
-    other = write_folder(tmp_path / "c", random_documents(20, seed=1))
-    wider = write_folder(tmp_path / "d", random_documents(20), vocab_size=101)
+    held = random_documents(3)
+    same = write_folder(tmp_path / "b", random_documents(20), heldout=held)
+    other = write_folder(tmp_path / "c", random_documents(20, seed=1), heldout=held)
+    wider = write_folder(tmp_path / "d", random_documents(20), heldout=held, vocab_size=101)
     prints = [read_manifest(path).fingerprint for path in (folder, same, other, wider)]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3

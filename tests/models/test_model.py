@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.config import NeuronKind, SpikingConfig
+from models.config import NeuronKind, RopeConfig, RopeType, SpikingConfig
 from models.model import Model
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
@@ -159,3 +159,24 @@ def test_a_parameter_nobody_filled_makes_the_loss_nan() -> None:
         model.blocks[1].ffn.up_proj.weight.copy_(fresh)
     tokens, sequence = random_tokens(1, 5), SequenceContext.one_document_per_row(1, 5)
     assert model(tokens, sequence, labels=tokens).isnan()
+
+
+def test_a_model_built_on_the_meta_device_computes_the_same_once_filled() -> None:
+    yarn = RopeConfig(type=RopeType.yarn, factor=2.0, original_max_position_embeddings=16)
+    config = tiny_config(rope=yarn)
+    plain = tiny_model(config)
+    with torch.device("meta"):
+        late = Model(config)
+    late.to_empty(device="cpu").double().load_state_dict(plain.state_dict())
+    tokens, sequence = random_tokens(2, 14), packed([[4, 10], [13, 1]])
+    assert torch.equal(late(tokens, sequence), plain(tokens, sequence))
+
+
+@pytest.mark.parametrize("lengths", [[14], [4, 10]], ids=["whole", "packed"])
+def test_training_goes_on_after_an_evaluation_in_inference_mode(lengths: list[int]) -> None:
+    model, tokens, sequence = tiny_model(), random_tokens(1, 14), packed([lengths])
+    with torch.inference_mode():
+        expected = model(tokens, sequence, labels=tokens)
+    loss = model(tokens, sequence, labels=tokens)
+    loss.backward()
+    assert_close(loss, expected)

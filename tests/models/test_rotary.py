@@ -43,7 +43,7 @@ def _config(head_dim: int = 64, **rope: Any) -> ModelConfig:
             "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096,
             "attention_factor": 1.25,
         },
-        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6},
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )  # fmt: skip
@@ -122,9 +122,9 @@ def test_layers_of_one_batch_share_a_table_and_the_next_batch_gets_its_own() -> 
     first, second = packed([[5, 2]]), packed([[4, 3]])
     table = rotary.for_sequence(first, torch.float32)
     assert rotary.for_sequence(first, torch.float32) is table
-    assert rotary.for_sequence(first, torch.float64).cos.dtype == torch.float64
     other = rotary.for_sequence(second, torch.float32)
     assert not torch.equal(other.cos, table.cos)
+    assert rotary.for_sequence(second, torch.float64).cos.dtype == torch.float64
     whole = SequenceContext.one_document_per_row(2, 7)
     rows = rotary.for_sequence(whole, torch.float32)
     assert rows is rotary.for_range(0, 7, torch.device("cpu"), torch.float32)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from models.config import LinearAttentionConfig, ModelConfig, NeuronKind, SpikingConfig
 from models.initialisation import tensor_for
-from models.kernels import kernel_set
 from models.layouts import parameter_layouts
 from models.model import Model
 from models.sequence import SequenceContext
@@ -30,7 +29,6 @@ ROWS = 4
 TOKENS = 19
 SEED = 7
 LEARNING_RATE = 3e-3
-KERNELS = kernel_set(linear="chunked", softmax="reference")
 
 
 class RuleName(Enum):
@@ -153,7 +151,6 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
         groups=groups_of(case, names),
         rule=case.rule,
         spiking=spiking_of(case),
-        kernels=KERNELS,
         precision=case.precision,
         shard=case.shard,
         recompute=frozenset({0, 1}) if case.recompute else frozenset(),
@@ -203,7 +200,6 @@ def oracle(case: Case) -> Run:
         config,
         spiking=spiking_of(case),
         loss_chunk_tokens=16,
-        kernels=KERNELS,
     ).double()
     layouts = model.layouts()
     for name, parameter in model.named_parameters():

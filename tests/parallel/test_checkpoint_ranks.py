@@ -83,6 +83,7 @@ def two_ranks(rank: int, world_size: int, folder: Path) -> None:
         save(step_directory(run, step), sharded(rank, 2), {"step": step}, mesh=mesh)
     assert newest_complete(run, mesh=mesh) == step_directory(run, 20)
     check_disk_full_on_one_rank(run, mesh)
+    check_failure_at_the_end(run, mesh)
     check_damage(run, mesh)
 
 
@@ -101,6 +102,18 @@ def check_disk_full_on_one_rank(run: Path, mesh: Mesh) -> None:
         left = sorted(path.name for path in (run / "checkpoints").iterdir())
         assert left == ["step_00000010", "step_00000020"]
         mesh.barrier()
+
+
+def check_failure_at_the_end(run: Path, mesh: Mesh) -> None:
+    """What goes wrong on the rank that completes the folder is everyone's error."""
+
+    def add(folder: Path) -> None:
+        raise OSError("no tokenizer")
+
+    with pytest.raises(CheckpointError, match="failed on rank 0: OSError: no tokenizer"):
+        save(step_directory(run, 30), sharded(mesh.rank, 2), {}, mesh=mesh, add_files=add)
+    mesh.barrier()
+    assert not step_directory(run, 30).exists()
 
 
 def check_damage(run: Path, mesh: Mesh) -> None:

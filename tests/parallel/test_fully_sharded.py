@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import TorchEngine
-from parallel.mesh import init
+from parallel.mesh import Mesh, init
 from tests.parallel.engine_cases import Case, build_engine, train_step
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
@@ -38,6 +40,26 @@ def dtypes_inside_forward(engine: TorchEngine, case: Case) -> dict[str, torch.dt
     for handle in handles:
         handle.remove()
     return seen
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what FSDP asks of the process group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of(mesh: Mesh, case: Case) -> Counter[str]:
+    engine = build_engine(mesh, case)
+    with Collectives() as collectives:
+        train_step(engine, case, 0)
+    return collectives.counts
 
 
 def step_and_look(engine: TorchEngine, case: Case) -> tuple[float, bool]:
@@ -69,6 +91,9 @@ def look_at_levels(rank: int, world_size: int) -> dict[str, Any]:
         results[f"{shard.name} loss"], results[f"{shard.name} gathered after forward"] = (
             step_and_look(engine, case)
         )
+        results[f"{shard.name} collectives"] = [
+            collectives_of(mesh, Case(shard=shard, microbatch_rows=rows)) for rows in (2, 1)
+        ]
         wide = Case(shard=shard, precision=Precision.fp32)
         results[f"{shard.name} fp32 loss"] = train_step(build_engine(mesh, wide), wide, 0)
     return results
@@ -79,6 +104,21 @@ def levels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("levels")
     result: dict[str, Any] = run_ranks(look_at_levels, 2, tmp_path=folder)[0]
     return result
+
+
+def test_gradients_are_reduced_once_a_step(levels: dict[str, Any]) -> None:
+    """However many microbatches; with sharded parameters every microbatch gives them up."""
+    units = 3
+    one, two = levels["none collectives"]
+    assert (one["allreduce_"], two["allreduce_"]) == (units, units)
+    assert not one["_allgather_base_"] + one["_reduce_scatter_base_"]
+    one, two = levels["gradients collectives"]
+    assert (one["_reduce_scatter_base_"], two["_reduce_scatter_base_"]) == (units, units)
+    assert (one["_allgather_base_"], two["_allgather_base_"]) == (units, units)
+    one, two = levels["parameters collectives"]
+    assert (one["_reduce_scatter_base_"], two["_reduce_scatter_base_"]) == (units, 2 * units)
+    # Forward and backward of each block, and once of the root, which stays gathered in between.
+    assert (one["_allgather_base_"], two["_allgather_base_"]) == (2 * units - 1, 4 * units - 2)
 
 
 FLOAT32 = ("norm.weight", "gate_down.weight", "gate_up.weight", "gate_up.bias")

@@ -120,7 +120,7 @@ def test_end_process_flushes_and_leaves_with_its_status(status: int) -> None:
         text=True,
         check=False,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""},
     )
     assert (done.returncode, done.stdout) == (status, "rank 0 of 1\n"), done.stderr
 

@@ -28,7 +28,9 @@ def test_cosine_is_half_a_cosine_from_the_peak_to_the_minimum() -> None:
     low, high = 0.2, 2.0
     for step in range(3, 13):
         angle = math.pi * (step - 2) / 10
-        assert found[step - 1] == pytest.approx((high + low) / 2 + (high - low) / 2 * math.cos(angle))
+        assert found[step - 1] == pytest.approx(
+            (high + low) / 2 + (high - low) / 2 * math.cos(angle)
+        )
     assert found[-1] == pytest.approx(low)
 
 

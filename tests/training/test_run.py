@@ -164,9 +164,7 @@ def test_frozen_parameters_keep_their_first_values(data: Path, tmp_path: Path) -
         assert (f"optimizer/exp_avg/{name}" in saved) is not is_frozen
 
 
-def test_a_loss_that_is_not_finite_names_step_stage_and_samples(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_names_step_stage_and_samples(data: Path, tmp_path: Path) -> None:
     config = tiny_run(
         data, tmp_path / "run", optimizer={"clip_norm": None, "name": "sgd"},
         stages={"hot": {"sequence_length": 16, "steps": 9, "global_batch_tokens": 64, "lr": 1e12}},
@@ -227,10 +225,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_another_tokenizer_is_refused_by_hash(
-    tmp_path: Path, finished: Path
-) -> None:
-    other = prepare_data(tmp_path / "other", seed=5, vocab_size=290)
+def test_another_tokenizer_is_refused_by_hash(tmp_path: Path, finished: Path) -> None:
+    other = prepare_data(tmp_path / "other", seed=5, vocab_size=299)
     config = tiny_run(other, tmp_path / "run", init={"checkpoint": str(finished)})
     with pytest.raises(ValueError, match=r"tokenizer of the data \(sha256 [0-9a-f]{12}\) must be"):
         run(config)

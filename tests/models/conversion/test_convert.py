@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 from collections import Counter
 from pathlib import Path
@@ -16,6 +15,7 @@ from models.config import ModelConfig, RopeConfig
 from models.conversion.convert import OriginKind, TargetTensor, plan_conversion, unused_tensors
 from models.conversion.huggingface import INDEX, SafetensorsFolder
 from models.conversion.new_parameters import ConversionOptions, KeyBias, gate_bias_of, xavier
+from models.conversion.source_checks import warn_of_changes
 from models.conversion.source_config import read_config
 from models.conversion.weight_map import theirs
 from models.layouts import parameter_layouts
@@ -258,12 +258,10 @@ def test_other_sizes_are_refused_with_both_numbers(changes: dict[str, Any], mess
 
 
 def test_changed_constants_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    listing = qwen2_listing({"model_type": "qwen2", **SMALL})
-    base = read_config(listing.config)
-    with caplog.at_level(logging.WARNING):
-        plan_conversion(listing, base)
-        assert not caplog.records
-        plan_conversion(listing, dataclasses.replace(base, rope=RopeConfig(theta=5.0)))
+    base = read_config({"model_type": "qwen2", **SMALL})
+    warn_of_changes(base, dataclasses.replace(base, mixers="L*4"))
+    assert not caplog.records
+    warn_of_changes(base, dataclasses.replace(base, rope=RopeConfig(theta=5.0)))
     assert "model.rope" in caplog.text
     assert "is not the source's" in caplog.text
 
@@ -299,6 +297,11 @@ def test_a_linear_source_layer_stays_linear() -> None:
     listing = Listing(raw, shapes)
     with pytest.raises(ValueError, match="layer 2 must stay L as in the source: got F"):
         plan_conversion(listing, dataclasses.replace(config, mixers="L S F S"))
+    other = dataclasses.replace(config.linear, gate_low_rank_dim=8)
+    with pytest.raises(
+        ValueError, match="model.linear .*gate_low_rank_dim=8.* must equal"
+    ):
+        plan_conversion(listing, dataclasses.replace(config, linear=other))
     plan = plan_conversion(listing, dataclasses.replace(config, mixers="L L L S"))
     assert [t.name for t in plan if t.origin.kind is OriginKind.new][0].startswith("blocks.1.")
 

@@ -21,7 +21,7 @@ def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
         "odd": torch.randn(3, generator=generator).to(torch.bfloat16),
-        "half": torch.randn(5, 3, generator=generator).to(torch.float16),
+        "half": torch.randn(5, 4, generator=generator).to(torch.float16),
         "single": torch.randn(4, 7, generator=generator),
         "double": torch.randn(2, 3, 5, generator=generator, dtype=torch.float64),
         "scalar": torch.tensor(1.5),
@@ -59,6 +59,16 @@ def test_written_folder_is_read_back_bit_by_bit(tmp_path: Path, shard_bytes: int
         assert source.shape(name) == tuple(value.shape)
         assert source.dtype(name) is value.dtype
         assert same_bits(source.load(name), value), name
+
+
+def test_every_tensor_is_aligned_to_its_dtype(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a", tensors())
+    data = (folder / SINGLE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0
+    for name, value in tensors().items():
+        assert header[name]["data_offsets"][0] % value.itemsize == 0, name
 
 
 def test_shards_stay_below_the_limit_and_the_library_reads_them(tmp_path: Path) -> None:

@@ -1,0 +1,356 @@
+"""`launch.convert` end to end: text in, checkpoint and certificate out, errors, memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.prepare_corpus import prepare
+from data.tokenizer import load_tokenizer
+from launch.compose import ConfigError, load_config
+from launch.convert import convert
+from launch.convert_config import ConvertConfig
+from launch.sample_text import SampleSizes, read_sample
+from models.config import ModelConfig
+from models.conversion.huggingface import copy_tokenizer
+from parallel.checkpoint import read_manifest, read_tensors, tensor_dtypes, verify
+from tests.data.prepared_folder import random_documents, write_folder
+from tests.models.conversion import tiny_sources
+from tests.models.conversion.test_huggingface import same_bits
+from training.weights import open_weights
+
+pytest.importorskip("transformers")
+VOCABULARY = 300
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of a few invented documents."""
+    root = tmp_path_factory.mktemp("text")
+    (root / "raw").mkdir()
+    for number in range(40):
+        words = " ".join(f"word{(number * k) % 17} {k * k}" for k in range(120))
+        (root / "raw" / f"{number}.txt").write_text(words)
+    prepare(str(root / "raw"), root / "data", vocab_size=VOCABULARY, heldout_fraction=0.3)
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A tiny Qwen2 folder with the text's tokenizer."""
+    folder = tmp_path_factory.mktemp("source") / "hf"
+    tiny_sources.save("qwen2", folder, vocab_size=VOCABULARY, num_hidden_layers=4)
+    copy_tokenizer(text / "tokenizer", folder)
+    return folder
+
+
+def config(source: Path, out: Path, **changes: Any) -> ConvertConfig:
+    return ConvertConfig(source=str(source), out=str(out), **changes)
+
+
+def hybrid(source: Path, out: Path, **changes: Any) -> ConvertConfig:
+    sizes = {"sequence_length": 32, "text_tokens": 128, "mixers": "[L S]*2", "window_tokens": 8}
+    return config(source, out, **{**sizes, **changes})
+
+
+def test_conversion_writes_a_verified_checkpoint(source: Path, text: Path, tmp_path: Path) -> None:
+    certificate = convert(hybrid(source, tmp_path / "out", text=str(text)))
+    out = tmp_path / "out"
+    verify(out)
+    assert json.loads((out / "certificate.json").read_text()) == certificate
+    assert certificate["origins"] == {"copied": 51, "reshaped": 0, "scaled": 0, "new": 8}
+    assert certificate["source"]["unused_tensors"] == []
+    assert certificate["numeric"]["perplexity"]["source"] > 1
+    assert len(certificate["numeric"]["linear_layers"]) == 2
+    opened = open_weights(out)
+    assert opened.model.layers.describe() == "mixers [L S]*2 | ffns d*4"
+    assert opened.model.window_tokens == 8
+    assert len(opened.new_parameters) == 8
+    assert opened.tokenizer_sha256 == open_weights(source).tokenizer_sha256
+    assert (out / "tokenizer" / "tokenizer.model").is_file()
+    manifest = read_manifest(out)
+    assert (manifest["step"], manifest["stage"], manifest["tokens"]) == (0, None, 0)
+    assert "tokenizer/tokenizer.model" in manifest["files"]
+    assert "certificate.json" in manifest["files"]
+    stored = load_file(source / "model.safetensors")
+    written = dict(read_tensors(out))
+    for name, entry in certificate["tensors"].items():
+        if entry["origin"] == "copied":
+            assert same_bits(written[f"model/{name}"], stored[entry["source"][0]])
+    norm = written["model/blocks.0.mixer.head_norm.weight"]
+    assert (norm > 0).all()
+    assert not torch.allclose(norm, torch.ones_like(norm))
+
+
+def test_import_without_a_target_keeps_bits_and_dtype(tmp_path: Path) -> None:
+    folder = tiny_sources.save("llama", tmp_path / "hf", dtype=torch.bfloat16)
+    certificate = convert(config(folder, tmp_path / "out"))
+    assert certificate["origins"]["copied"] == certificate["target"]["num_tensors"]
+    assert certificate["numeric"] == {"skipped": True}
+    stored = load_file(folder / "model.safetensors")
+    assert set(tensor_dtypes(tmp_path / "out").values()) == {torch.bfloat16}
+    for name, tensor in read_tensors(tmp_path / "out"):
+        origin = certificate["tensors"][name.removeprefix("model/")]["source"][0]
+        assert same_bits(tensor, stored[origin])
+
+
+def test_text_file_is_encoded_with_the_sources_tokenizer(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" ".join(f"word{n % 13} {n}" for n in range(900)))
+    found = convert(hybrid(source, tmp_path / "out", text=str(tmp_path / "a.txt")))
+    assert found["numeric"]["tokens"] == 128
+
+
+def test_alignment_is_in_the_certificate(source: Path, text: Path, tmp_path: Path) -> None:
+    align = load_config("convert", ConvertConfig, [
+        f"source={source}", f"out={tmp_path}", f"text={text}", "align.tokens=600",
+        "align.rows_per_step=1",
+    ]).align  # fmt: skip
+    found = convert(hybrid(source, tmp_path / "out", text=str(text), align=align))
+    assert [entry["layer"] for entry in found["alignment"]] == [0, 2]
+    assert all(entry["tokens"] == 608 for entry in found["alignment"])
+    assert any(entry["after"] < entry["before"] for entry in found["alignment"])
+
+
+def test_numeric_part_can_be_skipped(source: Path, text: Path, tmp_path: Path) -> None:
+    options = load_config("convert", ConvertConfig, [
+        f"source={source}", f"out={tmp_path}", "certificate.numeric=false",
+        "linear.key_bias=zero", "gate_init=64",
+    ])  # fmt: skip
+    assert options.options.gate_init == 64
+    found = convert(hybrid(source, tmp_path / "out", text=str(text), linear=options.linear,
+                           certificate=options.certificate))  # fmt: skip
+    assert found["numeric"] == {"skipped": True}
+    assert found["origins"]["scaled"] == 2
+    notes = {entry["note"] for entry in found["tensors"].values()}
+    assert any(note.startswith("RMS of the source's attention output") for note in notes)
+
+
+def test_without_text_the_calibration_is_said_to_be_missing(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = convert(hybrid(source, tmp_path / "out"))
+    assert "norm_init (calibrated) has no effect without sample text" in caplog.text
+    assert found["tensors"]["blocks.0.mixer.head_norm.weight"]["note"] == "ones"
+
+
+def test_named_model_and_changed_pattern(source: Path, tmp_path: Path) -> None:
+    named = ModelConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, mixers="L*4", ffns="d*4", qkv_bias=True,
+    )  # fmt: skip
+    convert(config(source, tmp_path / "a", model=named))
+    opened = open_weights(tmp_path / "a")
+    assert opened.model.mixers == "L*4"
+    convert(config(source, tmp_path / "b", model=named, mixers="L S L L", window_tokens=3,
+                   window_includes_self=False))  # fmt: skip
+    assert open_weights(tmp_path / "b").model.visible_window_tokens == 4
+
+
+def test_conversion_is_reproducible(source: Path, text: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        convert(hybrid(source, tmp_path / name, text=str(text)))
+    first, second = (dict(read_tensors(tmp_path / name)) for name in ("a", "b"))
+    assert all(same_bits(first[name], second[name]) for name in first)
+    files = [(tmp_path / name / "certificate.json").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixers": "[L S]*3"}, r"num_hidden_layers \(6\) must equal the source's: got 4"),
+        ({"mixers": "[L S]*2", "window_tokens": None}, r"window_tokens \(None\) must be at least"),
+        ({"mixers": "[L X]*2"}, "must use F, S, L"),
+        ({"gate_init": 0.1}, "gate_init .* half-life of 1 to"),
+        ({"text": "/no/such/place"}, "must be a prepared folder or a text file: got neither"),
+        ({"mixers": "[L L+S]*2"}, "parallel branches are not in this release"),
+    ],
+)
+def test_what_cannot_be_converted_writes_nothing(
+    source: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(hybrid(source, tmp_path / "out", **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_of_another_tokenizer_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", random_documents(9), heldout=random_documents(9))
+    with pytest.raises(ValueError, match="must be prepared with the source's tokenizer: got"):
+        convert(hybrid(source, tmp_path / "out", text=str(tmp_path / "data")))
+    bare = tmp_path / "bare"
+    shutil.copytree(source, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ValueError, match="no tokenizer.json or tokenizer.model to encode"):
+        convert(hybrid(bare, tmp_path / "out", text=str(source / "config.json")))
+    convert(hybrid(bare, tmp_path / "out", text=str(text)))
+    assert read_manifest(tmp_path / "out")["tokenizer"] is None
+
+
+def test_only_older_checkpoints_are_replaced(source: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        convert(config(source, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for place in (source, source / "config.json"):
+        with pytest.raises(ValueError, match="must be new, empty or an older checkpoint"):
+            convert(config(source, place))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["align.tokens=5"], r"align.tokens \(5\) must be 0 without sample text"),
+        (["linear.key_bias=centre"], r"key_bias \(centre\) must have sample text"),
+        (["align.tokens=-1", "text=x"], r"align.tokens \(-1\) must be at least 0"),
+        (["align.learning_rate=0", "text=x"], "learning_rate .* must be above 0"),
+        (["text_tokens=0"], r"text_tokens \(0\) must be at least 1"),
+        (["linear.key_bias=drop"], "key_bias .* must be one of keep, zero or centre"),
+        (["linear.keybias=zero"], "Did you mean .*linear.key_bias"),
+    ],
+)
+def test_impossible_settings_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("convert", ConvertConfig, ["source=a", "out=b", *overrides])
+
+
+def test_sample_text_parts(source: Path, text: Path, tmp_path: Path) -> None:
+    sizes = SampleSizes(sequence_length=16, tokens=64, align_tokens=70)
+    tokenizer = load_tokenizer(source)
+    parts = read_sample(text, sizes, tokenizer=tokenizer, seed=1)
+    assert parts.alignment is not None
+    assert parts.calibration.tokens.shape == parts.evaluation.tokens.shape == (4, 16)
+    assert parts.alignment.tokens.shape == (5, 16)
+    assert not torch.equal(parts.calibration.tokens, parts.evaluation.tokens)
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(str(number) for number in range(400)))
+    ids = tokenizer.encode(path.read_text())
+    parts = read_sample(path, sizes, tokenizer=tokenizer, seed=1)
+    assert parts.alignment is not None
+    assert parts.calibration.tokens.flatten().tolist() == ids[:64]
+    assert parts.calibration.labels.flatten().tolist() == ids[1:65]
+    rows = (len(ids) - 1) // 16
+    assert parts.evaluation.tokens.flatten().tolist() == ids[(rows - 4) * 16 : rows * 16]
+    assert parts.evaluation.labels.flatten().tolist() == ids[(rows - 4) * 16 + 1 : rows * 16 + 1]
+    path.write_text("short")
+    with pytest.raises(ValueError, match="must give two rows: got sequence_length 16"):
+        read_sample(path, sizes, tokenizer=tokenizer, seed=1)
+
+
+def test_short_text_is_shared_out_with_a_warning(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(source)
+    (tmp_path / "a.txt").write_text(" ".join(str(number) for number in range(60)))
+    sizes = SampleSizes(sequence_length=16, tokens=1600, align_tokens=0)
+    parts = read_sample(tmp_path / "a.txt", sizes, tokenizer=tokenizer, seed=1)
+    assert 1 <= parts.evaluation.num_rows <= parts.calibration.num_rows
+    assert "fitting on" in caplog.text
+
+
+def test_command_line(source: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "launch.convert", *arguments]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+    done = run(f"source={source}", f"out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert "51 copied, 0 unused source tensors" in done.stderr
+    wrong = run(f"source={tmp_path / 'nowhere'}", f"out={tmp_path / 'b'}")
+    assert wrong.returncode == 1
+    assert "must hold config.json" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+MEMORY_SCRIPT = """
+import sys, threading
+from pathlib import Path
+from launch.convert import convert
+from launch.convert_config import ConvertConfig
+
+def anonymous():
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("RssAnon:")[1].split()[0]) * 1024
+
+peak, done = [anonymous()], threading.Event()
+
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+
+before = peak[0]
+watcher = threading.Thread(target=watch)
+watcher.start()
+convert(ConvertConfig(source=sys.argv[1], out=sys.argv[2], mixers=sys.argv[3], window_tokens=64,
+                      text=sys.argv[4], sequence_length=64, text_tokens=128))
+done.set()
+watcher.join()
+print(before, max(peak[0], anonymous()))
+"""
+
+
+def write_large_source(folder: Path, text: Path, *, layers: int) -> tuple[int, int]:
+    """A sharded random bfloat16 Qwen2 folder; returns its bytes and its largest tensor's."""
+    hidden, inner, vocab = 1024, 8192, 8192
+    folder.mkdir()
+    base = {"model_type": "qwen2", "vocab_size": vocab, "hidden_size": hidden,
+            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": 8,
+            "num_key_value_heads": 2, "rms_norm_eps": 1e-6}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(base))
+    copy_tokenizer(text / "tokenizer", folder)
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (256, hidden),
+              "self_attn.v_proj": (256, hidden), "self_attn.o_proj": (hidden, hidden),
+              "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+              "mlp.down_proj": (hidden, inner)}  # fmt: skip
+    weight_map, total = {}, 0
+    for layer in range(layers + 1):
+        values = {}
+        if layer == layers:
+            values = {"model.embed_tokens.weight": torch.randn(vocab, hidden),
+                      "lm_head.weight": torch.randn(vocab, hidden),
+                      "model.norm.weight": torch.ones(hidden)}  # fmt: skip
+        for name, shape in shapes.items() if layer < layers else ():
+            values[f"model.layers.{layer}.{name}.weight"] = 0.02 * torch.randn(shape)
+            if name.endswith(("q_proj", "k_proj", "v_proj")):
+                values[f"model.layers.{layer}.{name}.bias"] = torch.randn(shape[0])
+        for name in ("input_layernorm", "post_attention_layernorm") if layer < layers else ():
+            values[f"model.layers.{layer}.{name}.weight"] = torch.ones(hidden)
+        file = f"model-{layer + 1:05d}-of-{layers + 1:05d}.safetensors"
+        values = {name: value.to(torch.bfloat16) for name, value in values.items()}
+        save_file(values, folder / file)
+        weight_map |= dict.fromkeys(values, file)
+        total += sum(value.nbytes for value in values.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total, vocab * hidden * 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's RssAnon")
+def test_memory_does_not_grow_with_the_checkpoint(text: Path, tmp_path: Path) -> None:
+    """Anonymous memory is below 1.5 x the largest tensor + 1 GiB, however many layers there are."""
+    grown = []
+    for layers in (8, 18):
+        folder, out = tmp_path / f"hf{layers}", tmp_path / f"out{layers}"
+        num_bytes, largest = write_large_source(folder, text, layers=layers)
+        result = subprocess.run(
+            [sys.executable, "-c", MEMORY_SCRIPT, str(folder), str(out), f"[L S]*{layers // 2}",
+             str(text)],
+            cwd=REPOSITORY, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        before, peak = (int(number) for number in result.stdout.split()[-2:])
+        assert peak < 1.5 * largest + 2**30
+        grown.append(peak - before)
+        sys.stdout.write(f"{layers} layers: {num_bytes} bytes, anonymous {before} to {peak}\n")
+        shutil.rmtree(folder)
+        shutil.rmtree(out)
+    assert num_bytes > 1e9
+    assert grown[1] < 0.25 * num_bytes
+    assert grown[1] < grown[0] + 64 * 2**20

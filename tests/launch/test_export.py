@@ -1,0 +1,134 @@
+"""`launch.export`: Synfire checkpoints and Hugging Face folders to Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
+
+from launch.compose import ConfigError, load_config
+from launch.convert import convert
+from launch.convert_config import ConvertConfig
+from launch.export import ExportConfig, export
+from models.config import ModelConfig, NeuronKind, SpikingConfig
+from models.conversion.config_keys import Format
+from models.conversion.huggingface import SafetensorsFolder
+from models.conversion.source_config import read_config
+from parallel.boxes import LazyTensor
+from parallel.checkpoint import read_tensors, save_streamed
+from tests.models.conversion import tiny_sources
+from tests.models.conversion.test_export import random_entries
+from tests.models.conversion.test_huggingface import same_bits
+
+pytest.importorskip("transformers")
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    files = [load_file(file) for file in folder.glob("*.safetensors")]
+    return {name: value for values in files for name, value in values.items()}
+
+
+def options(checkpoint: Path, out: Path, *more: str) -> ExportConfig:
+    return load_config("export", ExportConfig, [f"checkpoint={checkpoint}", f"out={out}", *more])
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen2-tied", "qwen3", "llama", "mistral-full"])
+def test_import_and_export_is_bitwise_in_the_bases_format(case: str, tmp_path: Path) -> None:
+    """mistral-full would also fit the Llama format: the checkpoint remembers its base."""
+    folder = tiny_sources.save(case, tmp_path / "hf", dtype=torch.bfloat16)
+    (folder / "tokenizer.json").write_text("{}")
+    convert(ConvertConfig(source=str(folder), out=str(tmp_path / "checkpoint")))
+    format = export(options(tmp_path / "checkpoint", tmp_path / "out"))
+    assert format.value == case.partition("-")[0]
+    before, after = read_all(folder), read_all(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(same_bits(after[name], before[name]) for name in before)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    configs = [read_config(SafetensorsFolder(f).config) for f in (folder, tmp_path / "out")]
+    assert configs[0] == configs[1]
+
+
+def test_hybrid_goes_to_the_public_format_and_back(tmp_path: Path) -> None:
+    folder = tiny_sources.save("qwen2", tmp_path / "hf", dtype=torch.bfloat16)
+    hybrid: dict[str, Any] = {"mixers": "L S L", "window_tokens": 8}
+    convert(ConvertConfig(source=str(folder), out=str(tmp_path / "a"), **hybrid))
+    more = ("max_shard_bytes=9000", "format=gla_swa")
+    assert export(options(tmp_path / "a", tmp_path / "out", *more)) is Format.gla_swa
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    convert(ConvertConfig(source=str(tmp_path / "out"), out=str(tmp_path / "b")))
+    first, second = (dict(read_tensors(tmp_path / name)) for name in ("a", "b"))
+    assert first.keys() == second.keys()
+    assert all(same_bits(first[name], second[name]) for name in first)
+    manifests = [json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("a", "b")]
+    assert manifests[0]["model"] == manifests[1]["model"]
+
+
+def test_dtype_and_another_format_can_be_asked_for(tmp_path: Path) -> None:
+    folder = tiny_sources.save("mistral-full", tmp_path / "hf")
+    asked = options(folder, tmp_path / "out", "dtype=bfloat16", "format=llama")
+    assert export(asked) is Format.llama
+    before, after = read_all(folder), read_all(tmp_path / "out")
+    assert all(same_bits(after[name], before[name].to(torch.bfloat16)) for name in before)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["model_type"], written["torch_dtype"]) == ("llama", "bfloat16")
+
+
+def test_spiking_is_noted_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = ModelConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, mixers="L S", ffns="d d", qkv_bias=True,
+        window_tokens=4,
+    )  # fmt: skip
+    spiking = SpikingConfig(neuron=NeuronKind.adaptive, k=2.0)
+    entries = random_entries(config, torch.float32)
+    manifest = {
+        "model": TypeAdapter(ModelConfig).dump_python(config, mode="json"),
+        "spiking": TypeAdapter(SpikingConfig).dump_python(spiking, mode="json"),
+    }
+    lazy = [LazyTensor(f"model/{e.name}", e.shape, e.dtype, e.load) for e in entries]
+    lazy.append(LazyTensor("optimizer/x", (2,), torch.float32, lambda: torch.ones(2)))
+    save_streamed(tmp_path / "checkpoint", lazy, manifest)
+    export(options(tmp_path / "checkpoint", tmp_path / "out"))
+    assert "spiking (adaptive, k = 2) is noted in config.json" in caplog.text
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["synfire"]["spiking"] == {"neuron": "adaptive", "k": 2.0}
+    assert len(read_all(tmp_path / "out")) == len(entries)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["format=qwen2"], r"mixers \(L S L\) must be only F and S in the qwen2 format"),
+        (["format=qwen3"], "in the qwen3 format. Leave format=auto"),
+    ],
+)
+def test_refusals_write_nothing(tmp_path: Path, more: list[str], message: str) -> None:
+    folder = tiny_sources.save("qwen2", tmp_path / "hf")
+    hybrid: dict[str, Any] = {"mixers": "L S L", "window_tokens": 8}
+    convert(ConvertConfig(source=str(folder), out=str(tmp_path / "a"), **hybrid))
+    with pytest.raises(ValueError, match=message):
+        export(options(tmp_path / "a", tmp_path / "out", *more))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "hf"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["format=gguf"], "format .* must be one of auto, qwen2"),
+        (["dtype=int8"], "dtype .* must be one of keep, float64"),
+        (["max_shard_bytes=0"], r"max_shard_bytes \(0\) must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(more: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        options(Path("a"), Path("b"), *more)
+
+
+def test_no_checkpoint_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got nothing there"):
+        export(options(tmp_path / "nothing", tmp_path / "out"))
