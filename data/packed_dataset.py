@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -41,19 +41,8 @@ class PackedDataset:
             )
         self._key = (*key, split, self.manifest.fingerprint)
         self._shard = TokenShard(folder / split)
-        self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def order(self, epoch: int) -> EpochOrder:
-        """The order of one epoch (the prefetch thread and the caller share it)."""
-        with self._lock:
-            if epoch not in self._orders:
-                order = epoch_order(self._shard.lengths, self.sequence_length, *self._key, epoch)
-                self._orders[epoch] = order
-                while len(self._orders) > EPOCHS_KEPT:
-                    self._orders.popitem(last=False)
-            self._orders.move_to_end(epoch)
-            return self._orders[epoch]
+        # safe between the prefetch thread and the caller; at worst an order is made twice
+        self.order: Callable[[int], EpochOrder] = lru_cache(EPOCHS_KEPT)(self._make_order)
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Epoch and stream row of each sample number."""
@@ -90,3 +79,6 @@ class PackedDataset:
                     "into a new folder."
                 )
             packed.put(where[mine], found)
+
+    def _make_order(self, epoch: int) -> EpochOrder:
+        return epoch_order(self._shard.lengths, self.sequence_length, *self._key, epoch)

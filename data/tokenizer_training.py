@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from data.tokenizer import MODEL_FILE, SentencePieceTokenizer
@@ -33,7 +34,7 @@ def train_sentencepiece(texts: Iterable[str], folder: Path, *, vocab_size: int) 
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=_without_tabs(texts),
+            sentence_iterator=chain.from_iterable(map(_stretches, texts)),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -64,23 +65,19 @@ def sample_stretches(texts: Iterable[str], *, share: float, max_bytes: int) -> I
     """Every `1 / share`-th stretch of the texts until `max_bytes` are taken, evenly spread."""
     taken = seen = 0
     for text in texts:
-        for start in range(0, len(text), SENTENCE_CHARACTERS):
+        for stretch in _stretches(text):
             seen += 1
             if math.ceil(seen * share) == math.ceil((seen - 1) * share):
                 continue
-            stretch = text[start : start + SENTENCE_CHARACTERS]
             taken += len(stretch.encode())
             if taken > max_bytes:
                 return
             yield stretch
 
 
-def _without_tabs(texts: Iterable[str]) -> Iterator[str]:
-    """The trainer drops a sentence with a tab, its own separator; a tab is a byte piece then."""
-    for text in texts:
-        for part in text.split("\t"):
-            for start in range(0, len(part), SENTENCE_CHARACTERS):
-                yield part[start : start + SENTENCE_CHARACTERS]
+def _stretches(text: str) -> Iterator[str]:
+    for start in range(0, len(text), SENTENCE_CHARACTERS):
+        yield text[start : start + SENTENCE_CHARACTERS]
 
 
 def _reason(error: Exception) -> str:

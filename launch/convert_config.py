@@ -25,7 +25,7 @@ class AlignConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     tokens: int = 0
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     rows_per_step: int = 4
     epochs: int = 1
 

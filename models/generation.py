@@ -137,8 +137,6 @@ def generate(  # noqa: PLR0913 - the options of sampling
     generator = torch.Generator(device="cpu").manual_seed(seed)
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     pieces = [tokens]
-    if max_new_tokens < 1:
-        return tokens
     logits, state = prefill(model, tokens, chunk_tokens=chunk_tokens, spikes=spikes)
     for index in range(max_new_tokens):
         chosen = choose(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MASKED = -100
 """Label of a token that predicts nothing."""
@@ -55,6 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, labels, log_normalisers = ctx.saved_tensors
         scale = grads[0]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -21,6 +22,7 @@ class _RmsNorm(torch.autograd.Function):
         return (wide * inverse_rms).mul_(weight.to(dtype)).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse_rms = ctx.saved_tensors
         dtype = inverse_rms.dtype

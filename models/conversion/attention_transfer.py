@@ -31,15 +31,21 @@ from models.softmax_attention import SoftmaxAttention
 
 logger = logging.getLogger(__name__)
 
+_TUNED_WIDTH = 128
+"""Inputs up to which a matrix takes the whole learning rate: Adam's steps add up over them."""
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlignmentOptions:
-    """How gates and head norms are aligned; the learning rate falls linearly to zero."""
+    """How gates and head norms are aligned; the learning rate falls linearly to zero.
 
-    learning_rate: float = 1e-2
+    `learning_rate` is that of the small parameters; the wide `gate_down` takes less of it.
+    """
+
+    learning_rate: float = 3e-2
     rows_per_step: int = 4
     epochs: int = 1
 
@@ -195,8 +201,14 @@ def _train(
     teacher: Block, student: GatedLinearAttention, walk: _Walk, options: AlignmentOptions
 ) -> None:
     """AdamW on the squared error over the teacher's power."""
-    trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p], "lr": options.learning_rate * min(1.0, _TUNED_WIDTH / p.shape[-1])}
+            for p in student.parameters()
+            if p.requires_grad
+        ],
+        weight_decay=0.0,
+    )
     num_rows = len(walk.hidden)
     num_steps = options.epochs * -(-num_rows // options.rows_per_step)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num_steps)

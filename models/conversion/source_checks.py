@@ -54,7 +54,10 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
 
 def warn_of_changes(source: ModelConfig, target: ModelConfig) -> None:
     """Name settings that differ and that no shape would show."""
-    for key in _NOTED:
+    window = (MixerKind.sliding_window,)
+    pairs = zip(source.layers.mixers, target.layers.mixers, strict=True)
+    keeps_window = any(before == after == window for before, after in pairs)
+    for key in (*_NOTED, "visible_window_tokens") if keeps_window else _NOTED:
         if getattr(source, key) != getattr(target, key):
             logger.warning(
                 "model.%s (%s) is not the source's (%s): step 0 changes by it.",

@@ -58,7 +58,8 @@ def test_few_epoch_orders_stay_in_memory(tmp_path: Path) -> None:
     data = dataset(write_folder(tmp_path / "d", random_documents(60)))
     for epoch in range(6):
         data.order(epoch)
-    assert len(data._orders) == EPOCHS_KEPT
+    assert data.order.cache_info().currsize == EPOCHS_KEPT  # type: ignore[attr-defined]
+    assert data.order(5) is data.order(5)
 
 
 def test_threads_may_share_a_dataset(tmp_path: Path) -> None:
@@ -94,6 +95,15 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     whole = (folder / "train.bin").read_bytes()
     (folder / "train.bin").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"train\.bin \(\d+ bytes\) must have .*truncated"):
+        dataset(folder)
+
+
+def test_a_shard_of_another_folder_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "d", random_documents(60))
+    other = write_folder(tmp_path / "e", random_documents(61))
+    for name in ("train.bin", "train.idx"):
+        (folder / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(ValueError, match="must have the manifest's size"):
         dataset(folder)
 
 

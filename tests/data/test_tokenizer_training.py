@@ -25,9 +25,11 @@ def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "a").sha256 == load_tokenizer(tmp_path / "b").sha256
 
 
-def test_text_between_tabs_is_learnt(tmp_path: Path) -> None:
-    train_sentencepiece(["uncommon\tcommon\n" * 200], tmp_path, vocab_size=281)
-    assert len(load_tokenizer(tmp_path).encode("uncommon\tcommon\n")) <= 4
+@pytest.mark.parametrize("separator", ["\t", "\n", "\r\n"])
+def test_text_around_control_characters_is_learnt(tmp_path: Path, separator: str) -> None:
+    text = f"uncommon{separator}common{separator}"
+    train_sentencepiece([text * 20_000], tmp_path, vocab_size=281)
+    assert len(load_tokenizer(tmp_path).encode(text)) <= 6
 
 
 @pytest.mark.parametrize(

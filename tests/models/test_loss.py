@@ -76,13 +76,36 @@ def test_inputs_are_not_changed() -> None:
         assert torch.equal(now, then)
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_a_frozen_input_gets_no_gradient(frozen: int) -> None:
-    inputs = _inputs(9)
-    inputs[frozen].requires_grad_(False)
-    chunked_cross_entropy(*inputs, chunk_tokens=4).backward()
-    assert inputs[frozen].grad is None
-    assert inputs[1 - frozen].grad is not None
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    hidden, weight, labels = _inputs(9)
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=4)
+    (first,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+class _CountProducts(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("frozen", "products"), [(None, 8), (0, 6), (1, 6)])
+def test_a_frozen_input_costs_no_gradient(frozen: int | None, products: int) -> None:
+    inputs = _inputs(8)
+    if frozen is not None:
+        inputs[frozen].requires_grad_(False)
+    with _CountProducts() as counted:
+        chunked_cross_entropy(*inputs, chunk_tokens=4).backward()
+    assert counted.count == products
+    for index in (0, 1):
+        assert (inputs[index].grad is None) == (index == frozen)
 
 
 def test_bf16_weight_gradients_accumulate_in_float32_over_chunks() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from models.norm import RMSNorm
@@ -53,3 +54,10 @@ def test_bf16_activations_with_float32_weights_keep_the_activation_dtype() -> No
 
 def test_a_weight_nobody_filled_is_nan() -> None:
     assert RMSNorm(3, 1e-6)(torch.ones(1, 3)).isnan().all()
+
+
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    norm, x = _norm(4, torch.float64), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

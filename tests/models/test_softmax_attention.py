@@ -86,11 +86,11 @@ def test_a_ring_never_holds_more_than_its_window_and_a_full_cache_doubles() -> N
 
 def test_a_copied_cache_is_independent() -> None:
     cache = KeyValueCache(3)
-    key = torch.ones(1, 2, 1, 2)
+    key = torch.ones(1, 3, 1, 2)
     cache.append(key, key)
     twin = cache.copy()
     cache.append(key[:, :1] * 9, key[:, :1] * 9)
-    assert twin.num_seen == 2
+    assert twin.num_seen == 3
     assert twin.keys is not None
     assert float(twin.keys.max()) == 1.0
     assert KeyValueCache(None).copy().keys is None

@@ -233,6 +233,16 @@ def test_groups_that_do_not_fit(names: tuple[str, ...], message: str) -> None:
         close(mesh)
 
 
+def test_frozen_parameters_have_no_optimizer_state() -> None:
+    mesh = init(CpuBackend(), ParallelConfig(), environment={})
+    try:
+        engine = build_engine(mesh, Case(frozen=True))
+        named = {name.partition("/")[2] for name in engine.optimizer_state()}
+        assert set(engine.parameters) - named == {"embedding.weight", FROZEN_NORM}
+    finally:
+        close(mesh)
+
+
 def test_without_a_seed_parameters_hold_nan() -> None:
     mesh = init(CpuBackend(), ParallelConfig(), environment={})
     try:

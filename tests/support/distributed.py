@@ -28,9 +28,10 @@ PRELOADED = (
     "torch.distributed.tensor",
     "torch.distributed.device_mesh",
     "pytest",
+    "training.run",
     "tests.support.distributed",
 )
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 300.0
 
 
 class RankError(AssertionError):
@@ -150,7 +151,7 @@ def _run_rank(
             store=dist.FileStore(meeting, world_size),
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=120),
         )
         answer = pickle.dumps(("done", body(rank, world_size, *arguments)))
         dist.barrier()

@@ -141,8 +141,10 @@ def test_a_missing_wandb_is_a_warning(
 def test_disabled_wandb_is_not_even_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.callbacks._open_wandb", None)
+    opened: list[object] = []
+    monkeypatch.setattr("training.callbacks._open_wandb", lambda *given: opened.append(given))
     assert start(tmp_path, WandbMode.disabled) is None
+    assert opened == []
 
 
 def test_offline_wandb_writes_into_the_run_folder_under_the_given_id(

@@ -97,6 +97,13 @@ def test_without_a_window_or_with_short_documents_there_is_nothing_beyond() -> N
         assert Perplexity.from_sums(buckets, sums).beyond_window is None
 
 
+def test_a_bucket_that_no_token_reached_is_left_out() -> None:
+    rows = batch(tokens=100)
+    buckets = PositionBuckets(300, None)
+    sums = buckets.sums(torch.ones(rows.labels.shape), rows.labels, rows.document_ids)
+    assert set(Perplexity.from_sums(buckets, sums).by_position) == {"0-63", "64-127"}
+
+
 def test_a_diverged_model_has_infinite_perplexity() -> None:
     buckets = PositionBuckets(4, None)
     sums = torch.tensor([[8000.0, 0.0], [4.0, 0.0]], dtype=torch.float64)

@@ -43,10 +43,16 @@ def test_max_steps_cuts_or_extends(max_steps: int, expected: list[tuple[str, int
 
 
 def test_cutting_a_run_changes_no_learning_rate() -> None:
-    whole, cut = plan(), plan(training={"max_steps": 4})
-    for step in range(4):
+    whole, cut = plan(), plan(training={"max_steps": 5})
+    for step in range(5):
         rate = whole.stage_of(step).learning_rate(step)
         assert cut.stage_of(step).learning_rate(step) == rate
+
+
+def test_the_schedule_starts_again_with_each_stage() -> None:
+    found = plan()
+    rates = [found.stage_of(step).learning_rate(step) for step in range(6)]
+    assert rates == pytest.approx([1e-2, 5.5e-3, 1e-3, 5e-3, 2.75e-3, 5e-4])
 
 
 def test_a_stage_uses_its_own_schedule_and_data_or_the_runs() -> None:
@@ -78,3 +84,7 @@ def test_rows_must_divide_over_ranks_and_microbatches() -> None:
         check_rows(plan(), dp_size=2, microbatch_rows=3)
     with pytest.raises(ValueError, match=r"got dp 8 x 1\. Set it to 128, or parallel\.dp to a"):
         check_rows(plan(), dp_size=8, microbatch_rows=1)
+    six = {"a": {"sequence_length": 16, "steps": 4, "global_batch_tokens": 96, "lr": 1.0}}
+    with pytest.raises(ValueError, match=r"Set it to 64 or 128, or training\.microbatch_rows to "
+                       r"one of \[1, 3\]"):  # fmt: skip
+        check_rows(plan(stages=six), dp_size=2, microbatch_rows=2)

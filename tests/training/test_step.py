@@ -27,6 +27,18 @@ CONFIG = tiny_run(Path("prepared"), Path("run"))
 STAGE = build_plan(CONFIG).stages[0]
 
 
+COUNTS = [[0.0, 1.0, -3.0, 8.0]]
+OTHER_COUNTS = [[0.0, 0.0, 0.0, -9.0]]
+"""What the neurons of the other rank fired."""
+
+
+def recorded(*counts: list[list[float]]) -> SpikeRecorder:
+    recorder = SpikeRecorder(9)
+    for values in counts:
+        recorder.record("0/ffn_in", torch.tensor(values))
+    return recorder
+
+
 class FakeEngine:
     """Two ranks whose other half holds the same rows; may fail as asked."""
 
@@ -43,7 +55,7 @@ class FakeEngine:
         if self.failure == "loss":
             raise NonFiniteError("loss", float("nan"), rank=1, parameter=None)
         if spikes is not None and spikes.recorder is not None:
-            spikes.recorder.record("0/ffn_in", torch.tensor([[0.0, 1.0, -3.0, 8.0]]))
+            spikes.recorder.record("0/ffn_in", torch.tensor(COUNTS))
         return 2.5
 
     def clip_and_step(self, lr: float) -> float:
@@ -53,7 +65,9 @@ class FakeEngine:
         return 0.75
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        return values * 2
+        if values.dim() == 1:
+            return values * 2
+        return values + recorded(OTHER_COUNTS).tensors()["0/ffn_in"]
 
 
 def stepper(engine: FakeEngine, spiking: SpikingConfig | None = None) -> Stepper:
@@ -127,11 +141,10 @@ def test_spikes_follow_the_schedule_and_are_recorded_when_due() -> None:
 def test_statistics_are_of_all_ranks_together() -> None:
     found = stepper(FakeEngine(), SPIKING)
     _, row = found.step(TrainState(step=4), STAGE, work(found))
-    alone = SpikeRecorder(9)
-    alone.record("0/ffn_in", torch.tensor([[0.0, 1.0, -3.0, 8.0], [0.0, 1.0, -3.0, 8.0]]))
-    expected = {f"spike/{name}": value for name, value in alone.summary().items()}
+    together = recorded(COUNTS, OTHER_COUNTS).summary()
+    expected = {f"spike/{name}": value for name, value in together.items()}
     assert {key: row[key] for key in row if key.startswith("spike/")} == expected
-    assert row["spike/0/ffn_in/silent_share"] == 0.25
+    assert row["spike/0/ffn_in/silent_share"] == 0.5
 
 
 def test_statistics_can_be_switched_off() -> None:

@@ -121,7 +121,7 @@ def test_centred_keys_are_zero_on_average(tmp_path: Path) -> None:
     model = full_model(source, target, options=options, fitted=fitted.values)
     seen: list[torch.Tensor] = []
     model.blocks[2].mixer.k_proj.register_forward_hook(  # type: ignore[union-attr,operator]
-        lambda _module, _args, out: seen.append(out)
+        lambda _module, _args, out: seen.append(out.detach())
     )
     model(sample.tokens, SequenceContext.one_document_per_row(ROWS, TOKENS))
     assert float(seen[0].mean(dim=(0, 1)).abs().max()) < 1e-12

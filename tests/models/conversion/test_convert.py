@@ -263,6 +263,13 @@ def test_changed_constants_are_said(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
     warn_of_changes(base, dataclasses.replace(base, rope=RopeConfig(theta=5.0)))
     assert "model.rope" in caplog.text
+    windows = dataclasses.replace(base, mixers="F S F S", window_tokens=8)
+    caplog.clear()
+    warn_of_changes(windows, dataclasses.replace(windows, mixers="S F S F", window_tokens=4))
+    assert not caplog.records
+    warn_of_changes(windows, dataclasses.replace(windows, window_includes_self=False))
+    assert "model.visible_window_tokens (9) is not the source's (8)" in caplog.text
+    warn_of_changes(base, dataclasses.replace(base, rope=RopeConfig(theta=5.0)))
     assert "is not the source's" in caplog.text
 
 
@@ -298,9 +305,7 @@ def test_a_linear_source_layer_stays_linear() -> None:
     with pytest.raises(ValueError, match="layer 2 must stay L as in the source: got F"):
         plan_conversion(listing, dataclasses.replace(config, mixers="L S F S"))
     other = dataclasses.replace(config.linear, gate_low_rank_dim=8)
-    with pytest.raises(
-        ValueError, match="model.linear .*gate_low_rank_dim=8.* must equal"
-    ):
+    with pytest.raises(ValueError, match="model.linear .*gate_low_rank_dim=8.* must equal"):
         plan_conversion(listing, dataclasses.replace(config, linear=other))
     plan = plan_conversion(listing, dataclasses.replace(config, mixers="L L L S"))
     assert [t.name for t in plan if t.origin.kind is OriginKind.new][0].startswith("blocks.1.")

@@ -52,7 +52,11 @@ def test_documents_do_not_see_each_other(groups: int, window: int | None) -> Non
     assert_results(actual, expected, relative=1e-12)
 
 
-def test_rows_that_are_one_document_need_no_splitting() -> None:
+def test_rows_that_are_one_document_need_no_splitting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("rows without inner boundaries must stay one batch")
+
+    monkeypatch.setattr(blocked, "_attend_documents", forbidden)
     q, k, v = softmax_operands(2, 30, 30)
     results = [
         blocked.softmax_attention(q, k, v, scale=1.0, window=5, sequence=sequence)

@@ -44,11 +44,11 @@ def test_loading_then_storing_a_tile_changes_nothing() -> None:
 
 def test_a_tile_in_the_middle_of_a_row_knows_the_document_that_enters_it() -> None:
     q, k, v, log_decay, _ = linear_operands(1, 12)
-    ids = documents([[5, 4, 3]]).document_ids
+    ids = documents([[4, 5, 3]]).document_ids
     inputs = load(Workspace(q), (q, k, v, log_decay, ids), (slice(0, 1), slice(4, 12), 4), 1.0)
     assert inputs.masks is not None
-    assert inputs.masks.enters[0, 0, :, :, 0].int().tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]]
-    assert inputs.masks.leaves[0, 0, :, :, 0].int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 1]]
+    assert inputs.masks.enters[0, 0, :, :, 0].int().tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]
+    assert inputs.masks.leaves[0, 0, :, :, 0].int().tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
     assert inputs.masks.same[0, 0, 1, :, 0].int().tolist() == [
         [1, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1],
     ]  # fmt: skip
