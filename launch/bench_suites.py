@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -157,7 +156,7 @@ def _mixer_work(name: str, length: int, setting: Setting) -> Work:
         return out.transpose(1, 2)
 
     forward = {"linear": linear, "window": window, "sdpa": sdpa}[name]
-    return lambda: forward().backward(grad)
+    return lambda: torch.autograd.backward(forward(), grad)
 
 
 def bench_model(mixers: str = "[L S]*4") -> ModelConfig:
@@ -180,7 +179,7 @@ def build(setting: Setting, *, mixers: str = "[L S]*4", spiking: bool = False) -
 
 
 def hugging_face(attention: str, device: torch.device) -> nn.Module:
-    """Hugging Face's Qwen2 of the same sizes; all layers full attention, as it has no linear ones."""
+    """Hugging Face's Qwen2 of the same sizes, every layer full attention."""
     import transformers
 
     config = transformers.Qwen2Config(
@@ -302,7 +301,7 @@ def decode(setting: Setting) -> Iterator[Row]:
 
 def state_bytes(state: DecodeState) -> float:
     """Bytes of all tensors of a decode state."""
-    return float(state.num_bytes())
+    return float(state.num_bytes)
 
 
 SUITES: dict[str, Callable[[Setting], Iterator[Row]]] = {

@@ -217,11 +217,10 @@ def _run_hydra_main(name: str, schema: type[Any], run: Callable[[dict[str, Any]]
     _register(name, schema)
     sys.argv[1:] = drop_launcher_arguments(sys.argv[1:])
 
-    @hydra.main(config_path=str(CONF), config_name=_root(name), version_base="1.3")
     def entry(config: DictConfig) -> None:
         run(_plain(config))
 
-    entry()
+    hydra.main(config_path=str(CONF), config_name=_root(name), version_base="1.3")(entry)()
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import pytest
 
 import data.prepare_corpus as pipeline
 from data.config import CorpusConfig
-from data.documents import OnError
+from data.documents import Document, OnError
 from data.indexed import TokenShard
-from data.prepare_corpus import BATCH_BYTES, ensure_prepared, prepare
+from data.prepare_corpus import BATCH_BYTES, batches, ensure_prepared, prepare
 from data.prepared import MANIFEST_FILE, check_files, open_tokenizer, read_manifest
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_training import train_sentencepiece
@@ -257,6 +257,13 @@ def test_the_default_corpus_is_prepared_on_first_use(tmp_path: Path) -> None:
     before = (tmp_path / "std" / MANIFEST_FILE).stat().st_mtime_ns
     ensure_prepared(config)
     assert (tmp_path / "std" / MANIFEST_FILE).stat().st_mtime_ns == before
+
+
+def test_batches_hold_each_document_once_and_little_more_than_their_size() -> None:
+    documents = [Document(str(index), "x" * (BATCH_BYTES // 3)) for index in range(10)]
+    found = list(batches(documents))
+    assert [document for batch in found for document in batch] == documents
+    assert [len(batch) for batch in found] == [4, 4, 2]
 
 
 def test_throughput_is_logged(

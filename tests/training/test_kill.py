@@ -54,8 +54,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert_same_run(tmp_path / "run", expected)
 
 
-def test_the_real_command_survives_kill_9(data: Path, tmp_path: Path) -> None:
-    """`python -m launch.train`, killed when it reports its third step."""
+def test_the_real_command_survives_kill_9_and_leaves_with_0_after_sigterm(
+    data: Path, tmp_path: Path
+) -> None:
+    """`python -m launch.train`, killed when it reports its third step, then asked to stop."""
     command = [
         sys.executable, "-m", "launch.train", "experiment=smoke_fp32", f"data.path={data}",
         "model.vocab_size=300", "model.hidden_size=32", "model.head_dim=4",
@@ -79,6 +81,15 @@ def test_the_real_command_survives_kill_9(data: Path, tmp_path: Path) -> None:
             break
     assert victim.wait() == -signal.SIGKILL
     assert len(rows_of(tmp_path / "cut")) >= 3
+    stopped = start(tmp_path / "cut")
+    assert stopped.stderr is not None
+    for line in stopped.stderr:
+        if "step 3/5" in line:
+            stopped.send_signal(signal.SIGTERM)
+            break
+    _, log = stopped.communicate()
+    assert stopped.returncode == 0, log
+    assert (tmp_path / "cut" / "stopped.json").exists() or "step 5/5" in log
     resumed = start(tmp_path / "cut")
     _, log = resumed.communicate()
     assert resumed.returncode == 0, log

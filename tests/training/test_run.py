@@ -106,8 +106,11 @@ def test_stopping_early_and_going_on_is_bit_equal(
     run(tiny_run(data, tmp_path / "whole", training=training))
     run(tiny_run(data, tmp_path / "cut", training={**training, "max_steps": first}))
     assert len(rows_of(tmp_path / "cut")) == first
+    before = manifest_of(tmp_path / "cut")
+    assert before["step"] == first
     run(tiny_run(data, tmp_path / "cut", training=training))
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert manifest_of(tmp_path / "cut")["wandb_run_id"] == before["wandb_run_id"]
 
 
 def test_rows_after_the_checkpoint_go_before_the_first_new_one(
