@@ -106,7 +106,7 @@ def test_masked_labels_count_nothing(tmp_path: Path) -> None:
 def test_state_of_linear_layers(tmp_path: Path) -> None:
     source, config = source_of(tmp_path / "hf")
     target = dataclasses.replace(config, mixers="F F L")
-    state = numbers(source, target, ConversionOptions(gate_init=64))["linear_layers"]
+    state = numbers(source, target, ConversionOptions(gate_init=25))["linear_layers"]
     assert [entry["layer"] for entry in state] == [2]
     model = full_model(source, target)
     block: Any = model.blocks[2]
@@ -121,8 +121,8 @@ def test_state_of_linear_layers(tmp_path: Path) -> None:
     dead = ((product + bias).relu().sum(dim=(0, 1)) == 0).double().mean()
     assert state[0]["dead_key_channels"] == pytest.approx(float(dead))
     histogram = state[0]["half_life_tokens"]
-    bin_of_64 = sum(edge <= 64 for edge in HALF_LIFE_EDGES)
-    assert histogram["share"] == [float(i == bin_of_64) for i in range(len(HALF_LIFE_EDGES) + 1)]
+    expected_bin = sum(edge <= 25 for edge in HALF_LIFE_EDGES)
+    assert histogram["share"] == [float(i == expected_bin) for i in range(len(HALF_LIFE_EDGES) + 1)]
 
 
 def test_dead_channels_are_seen(tmp_path: Path) -> None:
