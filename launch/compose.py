@@ -87,7 +87,7 @@ def compose_mapping(name: str, schema: type[Any], overrides: list[str]) -> dict[
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name=name):
-            return _plain(compose(_root(name), overrides=overrides))
+            return _plain(compose(_root(name), overrides=quote_patterns(overrides)))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain_hydra(error, schema, overrides)) from error
 
@@ -126,6 +126,25 @@ def drop_launcher_arguments(arguments: list[str]) -> list[str]:
         elif not argument.startswith(("--local_rank=", "--local-rank=")):
             kept.append(argument)
     return kept
+
+
+_BARE_PATTERN = re.compile(r"((?:\S+\.)?(?:mixers|ffns))=((?!null$)[^'\"]+)")
+
+
+def quote_patterns(overrides: list[str]) -> list[str]:
+    """Quote layer patterns, whose brackets and stars Hydra's grammar refuses bare.
+
+    A comma separates the patterns of a sweep; a value that the user quoted stays as it is.
+    """
+    return [_quote_pattern(override) for override in overrides]
+
+
+def _quote_pattern(override: str) -> str:
+    bare = _BARE_PATTERN.fullmatch(override)
+    if bare is None:
+        return override
+    key, value = bare.groups()
+    return f"{key}={','.join(repr(piece) for piece in value.split(','))}"
 
 
 def configure_logging() -> None:
@@ -215,7 +234,7 @@ def _root(name: str) -> str:
 def _run_hydra_main(name: str, schema: type[Any], run: Callable[[dict[str, Any]], None]) -> None:
     """Hydra's own entry, for its flags (`--cfg`, `--multirun`, ...)."""
     _register(name, schema)
-    sys.argv[1:] = drop_launcher_arguments(sys.argv[1:])
+    sys.argv[1:] = quote_patterns(drop_launcher_arguments(sys.argv[1:]))
 
     def entry(config: DictConfig) -> None:
         run(_plain(config))

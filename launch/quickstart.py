@@ -103,7 +103,7 @@ def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
     yield Part("base_export", "export", (f"checkpoint={out / 'base'}", f"out={out / 'base_hf'}"), 5)
     yield Part(
         "convert", "convert",
-        (f"source={out / 'base_hf'}", f"out={out / 'converted'}", "mixers='[L S]*2'",
+        (f"source={out / 'base_hf'}", f"out={out / 'converted'}", "mixers=[L S]*2",
          f"window_tokens={WINDOW_TOKENS}", f"text={out / 'data'}"),
         15,
     )  # fmt: skip

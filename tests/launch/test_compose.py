@@ -15,6 +15,7 @@ from launch.compose import (
     flat_keys,
     help_text,
     load_config,
+    quote_patterns,
     schema_tree,
 )
 from models.config import NeuronKind
@@ -116,6 +117,27 @@ def test_model_group_choices_keep_their_parents_values() -> None:
     raw = compose_mapping("train", RunConfig, ["model=spikingbrain_7b"])
     assert raw["model"]["hidden_size"] == 3584
     assert raw["model"]["mixers"] == "[L S]*14"
+
+
+@pytest.mark.parametrize(
+    ("typed_in", "mixers"),
+    [
+        ("model.mixers=[L S]*2", "[L S]*2"),
+        ("model.mixers='[L S]*2'", "[L S]*2"),
+        ("model.mixers=L S L S", "L S L S"),
+        ("model.mixers=F*4", "F*4"),
+    ],
+)
+def test_patterns_need_no_quotes_of_their_own(typed_in: str, mixers: str) -> None:
+    assert load(typed_in).model.mixers == mixers
+
+
+def test_a_comma_separates_the_patterns_of_a_sweep() -> None:
+    assert quote_patterns(["model.mixers=[L S]*2,F*4", "mixers=null", "lr=1,2"]) == [
+        "model.mixers='[L S]*2','F*4'",
+        "mixers=null",
+        "lr=1,2",
+    ]
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
