@@ -37,10 +37,8 @@ TEXT_SUFFIXES = frozenset(
     }
 )  # fmt: skip
 ROW_SUFFIXES = frozenset({".jsonl", ".parquet"})
-STDLIB_LEFT_OUT = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-)
-"""Folders of the standard library that are no plain source: tests hold deliberately bad files."""
+STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__"})
+"""Folders below the standard library that are not part of it."""
 
 SINGLE_FILE_PIECES = 32
 SINGLE_FILE_MIN_BYTES = 4096

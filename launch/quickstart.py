@@ -93,36 +93,37 @@ def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
     steps = ("training.max_steps=8", "checkpoint.interval_steps=8") if ci else ()
     ranks = config.num_processes
     text = ("max_bytes=1000000",) if ci else ()
-    yield Part("prepare", "prepare", (f"out={out / 'data'}", "vocab_size=2048", *text), 12)
+    yield Part("prepare", "prepare", (f"out={out / 'data'}", "vocab_size=2048", *text), 11)
 
     def train(name: str, experiment: str, weight: float, *more: str) -> Part:
         arguments = (f"experiment={experiment}", f"run_dir={out / name}", data, *steps, *more)
         return Part(name, "train", arguments, weight, ranks)
 
-    yield train("base", "quickstart_base", 150)
-    yield Part("base_export", "export", (f"checkpoint={out / 'base'}", f"out={out / 'base_hf'}"), 5)
+    yield train("base", "quickstart_base", 137)
+    yield Part("base_export", "export", (f"checkpoint={out / 'base'}", f"out={out / 'base_hf'}"), 4)
     yield Part(
         "convert", "convert",
         (f"source={out / 'base_hf'}", f"out={out / 'converted'}", "mixers=[L S]*2",
-         f"window_tokens={WINDOW_TOKENS}", f"text={out / 'data'}"),
-        15,
+         f"window_tokens={WINDOW_TOKENS}", f"text={out / 'data'}",
+         f"align.tokens={8192 if ci else 131072}"),
+        10,
     )  # fmt: skip
-    yield train("control", "quickstart_control", 90, f"init.checkpoint={out / 'base_hf'}")
+    yield train("control", "quickstart_control", 56, f"init.checkpoint={out / 'base_hf'}")
     half = ("spiking.start_step=4",) if ci else ()
     converted = f"init.checkpoint={out / 'converted'}"
-    yield train("continue", "quickstart_continue", 100, converted, *half)
-    yield train("scratch", "quickstart_scratch", 100, *half)
+    yield train("continue", "quickstart_continue", 60, converted, *half)
+    yield train("scratch", "quickstart_scratch", 59, *half)
     yield from _evaluations(out, rows=4 if ci else 64)
     exported = (f"checkpoint={out / 'continue'}", f"out={out / 'gla_swa'}", "format=gla_swa")
-    yield Part("export", "export", exported, 5)
+    yield Part("export", "export", exported, 4)
     yield Part(
         "generate", "generate",
-        (f"checkpoint={out / 'continue'}", "prompt='def read(path):'", "max_new_tokens=64"), 6,
+        (f"checkpoint={out / 'continue'}", "prompt='def read(path):'", "max_new_tokens=64"), 3,
     )  # fmt: skip
     yield Part(
         "report", "report",
         (f"run_dir={out / 'continue'}", f"out={out / 'report.html'}",
-         f"summary={out / 'summary.json'}", f"certificate={out / 'converted'}"), 8,
+         f"summary={out / 'summary.json'}", f"certificate={out / 'converted'}"), 5,
     )  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def _evaluations(out: Path, *, rows: int) -> Iterator[Part]:
             "sequence_length=256", f"window_tokens={WINDOW_TOKENS}", f"spiking={spiking}",
             f"out={out / 'evaluations' / f'{name}.json'}",
         )  # fmt: skip
-        yield Part(f"evaluate_{name}", "evaluate", arguments, 8)
+        yield Part(f"evaluate_{name}", "evaluate", arguments, 3)
 
 
 class _Progress:

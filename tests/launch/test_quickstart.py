@@ -1,0 +1,133 @@
+"""The quickstart's plan, verdict and progress; `.ci/run` runs the parts themselves."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.compose import compose_mapping, load_config
+from launch.quickstart import (
+    VARIANTS,
+    Part,
+    QuickstartConfig,
+    Size,
+    _Progress,
+    _run,
+    plan_parts,
+    verdict,
+    write_summary,
+)
+from training.config import RunConfig
+
+CONFIG_NAMES = {
+    "prepare": "launch.prepare.PrepareConfig",
+    "convert": "launch.convert_config.ConvertConfig",
+    "export": "launch.export.ExportConfig",
+    "evaluate": "launch.evaluate.EvaluateConfig",
+    "generate": "launch.generate.GenerateConfig",
+    "report": "launch.report.ReportConfig",
+}
+
+
+@pytest.mark.parametrize("size", list(Size))
+def test_every_part_is_a_command_line_that_composes(tmp_path: Path, size: Size) -> None:
+    parts = list(plan_parts(QuickstartConfig(size=size), tmp_path))
+    assert len({part.name for part in parts}) == len(parts)
+    for part in parts:
+        arguments = list(part.arguments)
+        if part.module == "train":
+            composed = compose_mapping("train", RunConfig, arguments)
+            assert composed["run_dir"] == str(tmp_path / part.name)
+        else:
+            module, name = CONFIG_NAMES[part.module].rsplit(".", 1)
+            load_config(part.module, getattr(importlib.import_module(module), name), arguments)
+
+
+def test_control_continued_and_scratch_see_the_same_samples(tmp_path: Path) -> None:
+    parts = {part.name: part for part in plan_parts(QuickstartConfig(), tmp_path)}
+    seen = []
+    for name in ("control", "continue", "scratch"):
+        composed = compose_mapping("train", RunConfig, list(parts[name].arguments))
+        seen.append({key: composed[key] for key in ("seed", "stages", "data", "schedule")})
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_spikes_begin_half_way(tmp_path: Path) -> None:
+    for size in Size:
+        for part in plan_parts(QuickstartConfig(size=size), tmp_path):
+            if part.name not in ("continue", "scratch"):
+                continue
+            composed = compose_mapping("train", RunConfig, list(part.arguments))
+            steps = composed["training"]["max_steps"] or composed["stages"]["continue"]["steps"]
+            assert composed["spiking"]["neuron"] == "adaptive"
+            assert composed["spiking"]["start_step"] * 2 == steps
+
+
+def perplexities(**changed: float) -> dict[str, Any]:
+    good = {
+        "base": 10.0, "control": 8.0, "scratch": 12.0, "converted": 40.0, "continued": 8.5,
+        "spiked": 8.55,
+    }  # fmt: skip
+    return {"perplexity": good | changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "missed"),
+    [
+        ({}, []),
+        ({"converted": 50.1}, ["converted <= 5 x base"]),
+        ({"control": 7.7}, ["continued <= 1.10 x control"]),
+        ({"scratch": 9.9}, ["continued <= 0.85 x scratch"]),
+        ({"spiked": 8.6}, ["spiked <= 1.01 x continued"]),
+        ({"spiked": float("nan")}, ["spiked <= 1.01 x continued"]),
+    ],
+)
+def test_the_verdict_names_what_is_missed(changed: dict[str, float], missed: list[str]) -> None:
+    lines = verdict(perplexities(**changed))
+    assert [line.split(":")[0] for line in lines if line.endswith("MISSED")] == missed
+    assert sum(line.endswith(" met") for line in lines) == 4 - len(missed)
+
+
+def test_the_summary_takes_each_variant_from_its_own_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "evaluations").mkdir()
+    for index, name in enumerate(VARIANTS):
+        result = {
+            "perplexity": 10.0 + index, "perplexity_beyond_window": 20.0 + index,
+            "sparsity": {"mean_count": float(index)},
+        }  # fmt: skip
+        (tmp_path / "evaluations" / f"{name}.json").write_text(json.dumps(result))
+    for index, name in enumerate(("base", "control", "continue", "scratch")):
+        (tmp_path / name).mkdir()
+        rows = [{"tokens": 7, "tokens_per_second": 1.0}, {"tokens": 9, "tokens_per_second": 5.0}]
+        rows.append({"tokens": 100 + index, "tokens_per_second": 3.0})
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    summary = write_summary(tmp_path, {"prepare": 1.0, "total": 2.0})
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["perplexity"].items())[2] == ("scratch", 12.0)
+    assert summary["perplexity_beyond_window"]["spiked"] == 25.0
+    assert summary["sparsity"] == {"mean_count": 5.0}
+    assert summary["tokens_per_second"] == 3.0
+    assert summary["tokens"] == {"base": 100, "control": 101, "continue": 102, "scratch": 103}
+    assert summary["seconds"] == {"prepare": 1.0, "total": 2.0}
+
+
+def test_a_failing_part_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    part = Part("broken", "inspect", (f"checkpoint={tmp_path / 'nothing'}",), 1.0)
+    log = tmp_path / "broken.log"
+    with pytest.raises(RuntimeError, match="broken ended with status 1") as caught:
+        _run(part, 0, log, _Progress([1.0]))
+    assert str(tmp_path / "nothing") in str(caught.value)
+    assert log.read_text().startswith("$ python -m launch.inspect")
+
+
+def test_the_progress_line_counts_parts_by_their_share_of_the_time() -> None:
+    progress = _Progress([100.0, 300.0])
+    assert "about 6m40s left" in progress.line(0, "prepare", 0.0)
+    line = progress.line(1, "train", 0.5)
+    assert line.startswith("[2/2] train")
+    assert " 50 % " in line
