@@ -1,153 +1,96 @@
-"""The rows of `launch.bench`: what is timed, beside which baseline, against which goal."""
+"""Rows of `launch.bench` against what a user would otherwise run: SDPA, Hugging Face, no spikes."""
 
 from __future__ import annotations
 
 import gc
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.config import ModelConfig, NeuronKind, RopeConfig, SpikingConfig
-from models.generation import DecodeState, decode_step, prefill
-from models.initialisation import initialise
-from models.kernels.kernel_set import KernelSet
-from models.model import Model
-from models.sequence import SequenceContext
+from launch.bench_models import build, hugging_face, hugging_face_step, our_step, random_tokens
+from launch.bench_rows import Row, Setting, Work, compare
+from models.cost import flops_per_token, mean_visible
+from models.generation import decode_step, prefill
 from models.spiking.neurons import Spikes
 from models.spiking.recorder import SpikeRecorder
 
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, WINDOW = 8, 2, 64, 512
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """Where and how often to measure; `long_repeats` is for rows of minutes."""
-
-    device: torch.device
-    kernels: KernelSet
-    repeats: int
-    long_repeats: int
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One comparison; `goal` is the largest good ratio, None where there is none."""
-
-    name: str
-    ours: float
-    baseline: float
-    ratio: float
-    unit: str
-    goal: float | None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the ratio is within the goal; None without a goal."""
-        return None if self.goal is None else self.ratio <= self.goal
-
-    def line(self) -> str:
-        """One log line."""
-        goal = (
-            ""
-            if self.goal is None
-            else f"  goal <= {self.goal:g}: {'met' if self.met else 'MISSED'}"
-        )
-        return (
-            f"{self.name:<44} {self.ours:12.4g} {self.baseline:12.4g} {self.unit:<7} "
-            f"ratio {self.ratio:7.3f}{goal}"
-        )
-
-    def markdown(self) -> str:
-        """One table row."""
-        goal = "" if self.goal is None else f"{self.goal:g}"
-        met = {True: "yes", False: "no", None: ""}[self.met]
-        return (
-            f"| {self.name} | {self.ours:.4g} {self.unit} | {self.baseline:.4g} {self.unit} | "
-            f"{self.ratio:.3f} | {goal} | {met} |"
-        )
-
-
-Work = Callable[[], object]
-
-
-def seconds(work: Work, device: torch.device) -> float:
-    """Wall time of one call, the device's queue included."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
-def paired(
-    ours: Work, baseline: Work, setting: Setting, *, repeats: int
-) -> tuple[float, float, float]:
-    """Medians of both in seconds and the median ratio of pairs run in turn, after one warm-up."""
-    ours()
-    baseline()
-    pairs = [
-        (seconds(ours, setting.device), seconds(baseline, setting.device)) for _ in range(repeats)
-    ]
-    return (
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        statistics.median(a / b for a, b in pairs),
-    )
+DECODE_TOKENS = (1024, 32_768)
+LINEAR_GROWTH = 1.15
+"""Time may grow this much faster than length: 4.6 x for 4 x the tokens."""
 
 
 def kernels(setting: Setting) -> Iterator[Row]:
     """Forward and backward of the mixers against causal SDPA, and how they grow with length."""
+    lengths = (setting.short_tokens, setting.long_tokens)
+    labels = {"linear": "chunked linear", "window": f"window {setting.model.visible_window_tokens}"}
     times: dict[tuple[str, int], float] = {}
-    for length in (4096, 16384):
-        work = {name: _mixer_work(name, length, setting) for name in ("linear", "window", "sdpa")}
-        for name in ("linear", "window"):
-            ours, base, ratio = paired(work[name], work["sdpa"], setting, repeats=setting.repeats)
-            times[name, length] = ours
-            times["sdpa", length] = base
-            goal = 1.0 if length == 4096 else None
-            label = {"linear": "chunked linear", "window": f"window {WINDOW}"}[name]
-            yield Row(
+    for length in lengths:
+        work = {name: mixer_work(name, length, setting) for name in ("linear", "window", "sdpa")}
+        for name, label in labels.items():
+            row = compare(
                 f"{label} vs causal SDPA, fwd+bwd, {length}",
-                1e3 * ours,
-                1e3 * base,
-                ratio,
-                "ms",
-                goal,
+                work[name],
+                work["sdpa"],
+                setting,
+                goal=1.0 if length == lengths[0] else None,
+                unit="ms",
             )
+            times[name, length] = row.ours
+            times["sdpa", length] = row.baseline or 0.0
+            yield row
+        yield compare(
+            f"linear, a state a KV head vs a query head, {length}",
+            work["linear"],
+            mixer_work("linear", length, setting, num_states=setting.model.num_attention_heads),
+            setting,
+            unit="ms",
+        )
         del work
         gc.collect()
-    for name in ("linear", "window"):
-        growth = times[name, 16384] / times[name, 4096]
-        sdpa = times["sdpa", 16384] / times["sdpa", 4096]
-        yield Row(f"{name}: time at 16384 over 4096 (SDPA beside)", growth, sdpa, growth, "x", 4.6)
+    growth = {name: times[name, lengths[1]] / times[name, lengths[0]] for name in (*labels, "sdpa")}
+    for name in labels:
+        yield Row(
+            f"{name}: time at {lengths[1]} over {lengths[0]} (SDPA beside)",
+            growth[name],
+            growth["sdpa"],
+            growth[name],
+            "x",
+            LINEAR_GROWTH * lengths[1] / lengths[0],
+        )
 
 
-def _mixer_work(name: str, length: int, setting: Setting) -> Work:
+def mixer_work(name: str, length: int, setting: Setting, *, num_states: int | None = None) -> Work:
+    """Forward and backward of one kernel on random `[1, length, heads, head_dim]` inputs.
+
+    `num_states` are the heads of keys, values and gates: the model's KV heads by default.
+    """
+    config = setting.model
+    groups = num_states or config.num_key_value_heads
     generator = torch.Generator().manual_seed(1)
 
     def draw(heads: int) -> Tensor:
-        values = torch.randn(1, length, heads, HEAD_DIM, generator=generator)
-        return values.to(setting.device).requires_grad_()
+        values = torch.randn(1, length, heads, config.head_dim, generator=generator)
+        return values.to(setting.device, setting.dtype)
 
-    q, k, v, gate = draw(NUM_HEADS), draw(NUM_KV_HEADS), draw(NUM_KV_HEADS), draw(NUM_KV_HEADS)
-    grad = torch.randn(1, length, NUM_HEADS, HEAD_DIM, generator=generator).to(setting.device)
-    scale = HEAD_DIM**-0.5
+    q, k, v = (
+        draw(heads).requires_grad_() for heads in (config.num_attention_heads, groups, groups)
+    )
+    gate = draw(groups).float().requires_grad_()
+    grad = draw(config.num_attention_heads)
+    scale = config.head_dim**-0.5
+    ours = setting.backend.kernels()
 
     def linear() -> Tensor:
-        out, _ = setting.kernels.linear_attention(
+        out, _ = ours.linear_attention(
             F.relu(q), F.relu(k), v, F.logsigmoid(gate) / 16, scale=scale, sequence=None
         )
         return out
 
     def window() -> Tensor:
-        return setting.kernels.softmax_attention(q, k, v, scale=scale, window=WINDOW, sequence=None)
+        visible = config.visible_window_tokens
+        return ours.softmax_attention(q, k, v, scale=scale, window=visible, sequence=None)
 
     def sdpa() -> Tensor:
         out = F.scaled_dot_product_attention(
@@ -159,132 +102,91 @@ def _mixer_work(name: str, length: int, setting: Setting) -> Work:
     return lambda: torch.autograd.backward(forward(), grad)
 
 
-def bench_model(mixers: str = "[L S]*4") -> ModelConfig:
-    """The model of the step, prefill and decode rows."""
-    return ModelConfig(
-        vocab_size=4096, hidden_size=512, intermediate_size=1408, num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, mixers=mixers, ffns="d*8",
-        qkv_bias=True, window_tokens=WINDOW, rope=RopeConfig(theta=10_000.0),
-    )  # fmt: skip
-
-
-def build(setting: Setting, *, mixers: str = "[L S]*4", spiking: bool = False) -> Model:
-    """The bench model with seeded weights."""
-    neuron = NeuronKind.adaptive if spiking else NeuronKind.off
-    model = Model(
-        bench_model(mixers), spiking=SpikingConfig(neuron=neuron), kernels=setting.kernels
-    )
-    initialise(model, seed=1)
-    return model.to(setting.device)
-
-
-def hugging_face(attention: str, device: torch.device) -> nn.Module:
-    """Hugging Face's Qwen2 of the same sizes, every layer full attention."""
-    import transformers
-
-    config = transformers.Qwen2Config(
-        vocab_size=4096, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
-        num_attention_heads=NUM_HEADS, num_key_value_heads=NUM_KV_HEADS,
-        max_position_embeddings=65_536, tie_word_embeddings=False, use_cache=True,
-        attn_implementation=attention,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    model: nn.Module = transformers.Qwen2ForCausalLM(config)
-    return model.to(device)
-
-
-def our_step(model: Model, length: int, device: torch.device, spikes: Spikes | None = None) -> Work:
-    """One optimizer step on one row."""
-    tokens = torch.randint(0, 4096, (1, length), generator=torch.Generator().manual_seed(2)).to(
-        device
-    )
-    labels = tokens.roll(-1, dims=1)
-    sequence = SequenceContext.one_document_per_row(1, length, device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def work() -> None:
-        loss = model(tokens, sequence, labels=labels, spikes=spikes) / length
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return work
-
-
-def hugging_face_step(model: nn.Module, length: int, device: torch.device) -> Work:
-    """The same step of the Hugging Face model."""
-    tokens = torch.randint(0, 4096, (1, length), generator=torch.Generator().manual_seed(2)).to(
-        device
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def work() -> None:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return work
-
-
 def step(setting: Setting) -> Iterator[Row]:
-    """A training step of the hybrid against the Hugging Face Qwen2 of the same sizes."""
-    cases = [("sdpa", 4096, 1.0, setting.repeats), ("eager", 4096, 1.0, setting.repeats),
-             ("sdpa", 16384, 0.5, setting.long_repeats)]  # fmt: skip
-    for attention, length, goal, repeats in cases:
-        ours = our_step(build(setting), length, setting.device)
-        theirs = hugging_face_step(hugging_face(attention, setting.device), length, setting.device)
-        a, b, ratio = paired(ours, theirs, setting, repeats=repeats)
+    """A training step against the Hugging Face Qwen2 of the same sizes, short and long."""
+    short, long = setting.short_tokens, setting.long_tokens
+    cases = [("sdpa", short, 1.0), ("eager", short, 1.0), ("sdpa", long, 0.5)]
+    rows: dict[tuple[str, int], Row] = {}
+    for attention, length, goal in cases:
+        ours = our_step(build(setting), length, setting)
+        theirs = hugging_face_step(hugging_face(setting, attention), length, setting)
+        repeats = setting.repeats if length == short else setting.long_repeats
+        name = f"training step vs HF Qwen2 {attention}, {length}"
+        rows[attention, length] = compare(name, ours, theirs, setting, goal=goal, repeats=repeats)
         del ours, theirs
         gc.collect()
-        yield Row(f"training step vs HF Qwen2 {attention}, {length}", a, b, ratio, "s", goal)
+        yield rows[attention, length]
+    for length in (short, long):
+        yield _utilisation(rows["sdpa", length].ours, length, setting)
+    at_short, at_long = rows["sdpa", short], rows["sdpa", long]
+    per_token = (at_long.ours / long) / (at_short.ours / short)
+    theirs_per_token = ((at_long.baseline or 0) / long) / ((at_short.baseline or 1) / short)
+    yield Row(
+        f"step: time a token at {long} over {short} (HF beside)",
+        per_token,
+        theirs_per_token,
+        per_token,
+        "x",
+        LINEAR_GROWTH,
+    )
+
+
+def _utilisation(step_seconds: float, length: int, setting: Setting) -> Row:
+    """Model FLOP/s of a step beside the device's peak: the ratio is the run's `mfu`."""
+    visible = [mean_visible([length], w) for w in (None, setting.model.visible_window_tokens)]
+    rate = flops_per_token(setting.model, *visible) * length / step_seconds
+    peak = setting.backend.peak_flops(setting.dtype)
+    tera = None if peak is None else peak / 1e12
+    name = f"training step: model FLOP/s of peak, {length}"
+    return Row(name, rate / 1e12, tera, None if peak is None else rate / peak, "TFLOP/s")
 
 
 def spiking(setting: Setting) -> Iterator[Row]:
     """What spiking and its statistics add to a training step."""
-    length = 4096
-    model = build(setting, spiking=True)
-    off = our_step(model, length, setting.device)
-    on = our_step(model, length, setting.device, Spikes(k=3.0))
-    a, b, ratio = paired(on, off, setting, repeats=setting.repeats)
-    yield Row(f"step with spiking vs without, {length}", a, b, ratio, "s", 1.10)
-    recorded = our_step(model, length, setting.device, Spikes(k=3.0, recorder=SpikeRecorder(256)))
-    a, b, ratio = paired(recorded, on, setting, repeats=setting.repeats)
-    yield Row(
-        f"spiking step with statistics (256 tokens) vs without, {length}", a, b, ratio, "s", 1.02
-    )
+    length = setting.short_tokens
+    model = build(setting)
+    off = our_step(model, length, setting)
+    on = our_step(model, length, setting, Spikes(k=3.0))
+    yield compare(f"step with spiking vs without, {length}", on, off, setting, goal=1.10)
+    recorded = our_step(model, length, setting, Spikes(k=3.0, recorder=SpikeRecorder(256)))
+    name = f"spiking step with statistics (256 tokens) vs without, {length}"
+    yield compare(name, recorded, on, setting, goal=1.02)
+
+
+def recompute(setting: Setting) -> Iterator[Row]:
+    """What computing every block's activations again costs."""
+    length = setting.short_tokens
+    again = our_step(build(setting, recompute=True), length, setting)
+    kept = our_step(build(setting, recompute=False), length, setting)
+    yield compare(f"step with recompute of every block vs none, {length}", again, kept, setting)
 
 
 @torch.no_grad()
-def _prefill_rows(setting: Setting, length: int) -> Iterator[Row]:
-    tokens = torch.randint(0, 4096, (1, length), generator=torch.Generator().manual_seed(3))
-    tokens = tokens.to(setting.device)
-    model, theirs = build(setting).eval(), hugging_face("sdpa", setting.device).eval()
-    a, b, ratio = paired(
+def prefill_suite(setting: Setting) -> Iterator[Row]:
+    """Time to the first token after a long prompt."""
+    length = setting.prefill_tokens
+    tokens = random_tokens(setting, length)
+    model, theirs = build(setting).eval(), hugging_face(setting, "sdpa").eval()
+    yield compare(
+        f"prefill of {length} tokens vs HF Qwen2 sdpa",
         lambda: prefill(model, tokens, chunk_tokens=4096),
         lambda: theirs(input_ids=tokens, use_cache=True, logits_to_keep=1),
         setting,
+        goal=1.0,
         repeats=setting.long_repeats,
     )
-    yield Row(f"prefill of {length} tokens vs HF Qwen2 sdpa", a, b, ratio, "s", 1.0)
-
-
-def prefill_suite(setting: Setting) -> Iterator[Row]:
-    """Time to the first token after a long prompt."""
-    yield from _prefill_rows(setting, 32_768)
 
 
 @torch.no_grad()
 def decode(setting: Setting) -> Iterator[Row]:
-    """Memory of the decode state and time of a step after 1k and after 32k tokens."""
+    """Memory of the decode state and time of a step after a short and after a long prompt."""
     model = build(setting).eval()
-    tokens = torch.randint(0, 4096, (1, 32_768), generator=torch.Generator().manual_seed(4))
-    tokens = tokens.to(setting.device)
-    states = {n: prefill(model, tokens[:, :n], chunk_tokens=4096)[1] for n in (1024, 32_768)}
-    sizes = {n: state_bytes(state) for n, state in states.items()}
-    ratio = sizes[32_768] / sizes[1024]
-    yield Row(
-        "decode state after 32768 tokens vs 1024", sizes[32_768], sizes[1024], ratio, "bytes", 1.0
-    )
+    short, long = DECODE_TOKENS
+    tokens = random_tokens(setting, long)
+    states = {n: prefill(model, tokens[:, :n], chunk_tokens=4096)[1] for n in DECODE_TOKENS}
+    sizes = {n: float(state.num_bytes) for n, state in states.items()}
+    name = f"decode state after {long} tokens vs {short}"
+    yield Row(name, sizes[long], sizes[short], sizes[long] / sizes[short], "bytes", 1.0)
 
     def steps(length: int) -> Work:
         def work() -> None:
@@ -295,19 +197,6 @@ def decode(setting: Setting) -> Iterator[Row]:
 
         return work
 
-    a, b, ratio = paired(steps(32_768), steps(1024), setting, repeats=setting.repeats)
-    yield Row("16 decode steps after 32768 tokens vs 1024", a, b, ratio, "s", None)
-
-
-def state_bytes(state: DecodeState) -> float:
-    """Bytes of all tensors of a decode state."""
-    return float(state.num_bytes)
-
-
-SUITES: dict[str, Callable[[Setting], Iterator[Row]]] = {
-    "kernels": kernels,
-    "step": step,
-    "spiking": spiking,
-    "prefill": prefill_suite,
-    "decode": decode,
-}
+    yield compare(
+        f"16 decode steps after {long} tokens vs {short}", steps(long), steps(short), setting
+    )

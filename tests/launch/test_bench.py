@@ -1,0 +1,111 @@
+"""What `launch.bench` compares and how it counts; never how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import bench_suites
+from launch.bench import SUITES, BenchConfig, Suite, write_rows
+from launch.bench_models import build, full_attention, hugging_face
+from launch.bench_rows import Row, Setting, paired
+from launch.compose import ConfigError, load_config
+from models.config import ModelConfig
+from models.cost import parameter_count
+from models.linear_attention import GatedLinearAttention
+from parallel.backend.cpu import CpuBackend
+from tests.models.tiny import tiny_config
+
+
+def setting(model: ModelConfig | None = None, dtype: torch.dtype = torch.float32) -> Setting:
+    return Setting(
+        backend=CpuBackend(), device=torch.device("cpu"), model=model or tiny_config(), dtype=dtype,
+        short_tokens=16, long_tokens=32, prefill_tokens=24, recompute=False, repeats=1,
+        long_repeats=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def short_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_suites, "DECODE_TOKENS", (32, 64))
+
+
+@pytest.mark.usefixtures("short_decode")
+@pytest.mark.parametrize("name", sorted(SUITES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_suite_measures_every_row(name: str, dtype: torch.dtype) -> None:
+    rows = list(SUITES[name](setting(dtype=dtype)))
+    assert rows
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        assert row.ours > 0
+        for figure in (row.baseline, row.ratio):
+            assert figure is None or math.isfinite(figure)
+
+
+def test_every_suite_has_a_name_on_the_command_line() -> None:
+    assert {suite.value for suite in Suite} == {*SUITES, "all"}
+
+
+def test_the_hugging_face_baseline_has_the_sizes_of_our_full_attention_twin() -> None:
+    here = setting()
+    theirs = sum(p.numel() for p in hugging_face(here, "sdpa").parameters())
+    assert theirs == parameter_count(full_attention(here.model))
+
+
+def test_bfloat16_keeps_gates_and_norms_in_float32() -> None:
+    model = build(setting(dtype=torch.bfloat16))
+    linear = [m for m in model.modules() if isinstance(m, GatedLinearAttention)]
+    assert linear
+    for mixer in linear:
+        assert mixer.gate_up.weight.dtype is torch.float32
+        assert mixer.head_norm.weight.dtype is torch.float32
+        assert mixer.q_proj.weight.dtype is torch.bfloat16
+    assert model.final_norm.weight.dtype is torch.float32
+
+
+@pytest.mark.usefixtures("short_decode")
+def test_decode_memory_is_flat_for_the_hybrid_and_grows_for_full_attention() -> None:
+    hybrid = next(bench_suites.decode(setting(tiny_config(mixers="L S", ffns="d*2"))))
+    assert hybrid.ratio == 1.0
+    assert hybrid.met is True
+    full = next(bench_suites.decode(setting(full_attention(tiny_config()))))
+    assert full.ratio == 2.0
+    assert full.met is False
+
+
+def test_pairs_run_in_turn_after_one_warm_up() -> None:
+    calls: list[str] = []
+    paired(lambda: calls.append("a"), lambda: calls.append("b"), setting(), repeats=2)
+    assert "".join(calls) == "ababab"
+
+
+def test_a_row_without_a_figure_says_nothing_in_its_place(tmp_path: Path) -> None:
+    rows = [
+        Row("bare", 2.0, None, None, "GB/s"),
+        Row("good", 1.0, 2.0, 0.5, "s", 0.5),
+        Row("bad", 3.0, 2.0, 1.5, "s", 1.0),
+    ]
+    out = tmp_path / "deep" / "rows.json"
+    write_rows(rows, out, setting())
+    assert [row["met"] for row in json.loads(out.read_text())] == [None, True, False]
+    table = out.with_suffix(".md").read_text().splitlines()
+    assert table[2:] == [
+        "| bare | 2 GB/s |  |  |  |  |",
+        "| good | 1 s | 2 s | 0.500 | 0.5 | yes |",
+        "| bad | 3 s | 2 s | 1.500 | 1 | no |",
+    ]
+    machine = json.loads(out.with_suffix(".machine.json").read_text())
+    assert machine["vendor"] == "cpu"
+    assert machine["model"]["hidden_size"] == tiny_config().hidden_size
+
+
+def test_sizes_of_any_preset_and_growth_between_two_lengths() -> None:
+    config = load_config("bench", BenchConfig, ["model=spikingbrain_7b"])
+    assert parameter_count(config.model) == 7_616_542_976
+    with pytest.raises(ConfigError, match=r"long_tokens \(64\) must be above short_tokens: got 64"):
+        load_config("bench", BenchConfig, ["short_tokens=64", "long_tokens=64"])
