@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from launch.compose import command
+from parallel.backend.detect import detect
+from parallel.config import BackendName
 from training.config import STRICT
 
 logger = logging.getLogger(__name__)
@@ -32,13 +34,28 @@ class Size(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuickstartConfig:
-    """Where it goes, how long it trains, on how many processes."""
+    """Where it goes, how long it trains, on what.
+
+    `out` null: a folder of its own for each size. `num_processes` null: two, or one where there is
+    one device.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     size: Size = Size.full
-    out: str = "outputs/quickstart"
-    num_processes: int = 2
+    out: str | None = None
+    num_processes: int | None = None
+    backend: BackendName = BackendName.auto
+
+    def __post_init__(self) -> None:
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(f"num_processes ({self.num_processes}) must be at least 1, or null.")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        own = {Size.full: "outputs/quickstart", Size.ci: "outputs/quickstart_ci"}
+        return Path(self.out or own[self.size])
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +88,7 @@ def main(config: QuickstartConfig) -> None:
     Every part is a command that could be typed by hand; each is printed before it runs and its
     output is kept in OUT/logs. A part that is already complete is resumed or reused.
     """
-    out = Path(config.out)
+    out = config.folder
     (out / "logs").mkdir(parents=True, exist_ok=True)
     parts = list(plan_parts(config, out))
     progress = _Progress([part.weight for part in parts])
@@ -91,12 +108,20 @@ def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
     ci = config.size is Size.ci
     data = f"data.path={out / 'data'}"
     steps = ("training.max_steps=8", "checkpoint.interval_steps=8") if ci else ()
-    ranks = config.num_processes
+    ranks = config.num_processes or min(2, detect(config.backend).num_devices())
+    backend = f"backend={config.backend.value}"
     text = ("max_bytes=1000000",) if ci else ()
     yield Part("prepare", "prepare", (f"out={out / 'data'}", "vocab_size=2048", *text), 11)
 
     def train(name: str, experiment: str, weight: float, *more: str) -> Part:
-        arguments = (f"experiment={experiment}", f"run_dir={out / name}", data, *steps, *more)
+        arguments = (
+            f"experiment={experiment}",
+            f"run_dir={out / name}",
+            data,
+            backend,
+            *steps,
+            *more,
+        )
         return Part(name, "train", arguments, weight, ranks)
 
     yield train("base", "quickstart_base", 137)
@@ -113,12 +138,14 @@ def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
     converted = f"init.checkpoint={out / 'converted'}"
     yield train("continue", "quickstart_continue", 60, converted, *half)
     yield train("scratch", "quickstart_scratch", 59, *half)
-    yield from _evaluations(out, rows=4 if ci else 64)
+    yield from _evaluations(out, backend, rows=4 if ci else 64)
     exported = (f"checkpoint={out / 'continue'}", f"out={out / 'gla_swa'}", "format=gla_swa")
     yield Part("export", "export", exported, 4)
     yield Part(
         "generate", "generate",
-        (f"checkpoint={out / 'continue'}", "prompt='def read(path):'", "max_new_tokens=64"), 3,
+        (f"checkpoint={out / 'continue'}", "prompt='def read(path):'", "max_new_tokens=64",
+         backend),
+        3,
     )  # fmt: skip
     yield Part(
         "report", "report",
@@ -127,7 +154,7 @@ def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
     )  # fmt: skip
 
 
-def _evaluations(out: Path, *, rows: int) -> Iterator[Part]:
+def _evaluations(out: Path, backend: str, *, rows: int) -> Iterator[Part]:
     """The same held-out rows through all six models."""
     sources = {
         "base": ("base_hf", "off"), "control": ("control", "off"), "scratch": ("scratch", "off"),
@@ -139,7 +166,7 @@ def _evaluations(out: Path, *, rows: int) -> Iterator[Part]:
         arguments = (
             f"checkpoint={out / folder}", f"data.path={out / 'data'}", f"rows={rows}",
             "sequence_length=256", f"window_tokens={WINDOW_TOKENS}", f"spiking={spiking}",
-            f"out={out / 'evaluations' / f'{name}.json'}",
+            f"out={out / 'evaluations' / f'{name}.json'}", backend,
         )  # fmt: skip
         yield Part(f"evaluate_{name}", "evaluate", arguments, 3)
 

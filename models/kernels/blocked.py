@@ -21,6 +21,10 @@ from models.sequence import SequenceContext
 # take larger blocks, so that the band's gradient holds at most nine copies of the keys.
 _MIN_BLOCK, _MAX_BLOCK = 64, 512
 
+# Query tokens whose bands exist at a time: half as many gain nothing, and with more each temporary
+# is fresh memory from the system (5 % slower at 16k tokens, 20 % at 64k).
+_GROUP_TOKENS = 8192
+
 
 def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention kernel shares
     q: Tensor,
@@ -125,14 +129,26 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> list[Tensor]:
     """Queries that each see `window` keys, the first one keys 0 .. window - 1."""
-    num_queries = q.shape[1]
     quarter = 1 << (max(window // 4, 1).bit_length() - 1)
-    block = min(max(_MIN_BLOCK, quarter), _MAX_BLOCK, num_queries)
-    blocks, rest = divmod(num_queries, block)
-    whole = blocks * block
-    outputs = [_bands(q[:, :whole], k, v, scale, window, blocks)]
-    if rest:
-        outputs.append(_bands(q[:, whole:], k[:, whole:], v[:, whole:], scale, window, 1))
+    block = min(max(_MIN_BLOCK, quarter), _MAX_BLOCK, q.shape[1])
+    group = block * max(_GROUP_TOKENS // block, 1)
+    halo = window - 1
+    # Pieces and halos, not slices of k: each slice's gradient would be as long as k itself.
+    keys, values = k[:, :halo], v[:, :halo]
+    parts = (torch.split(x, group, dim=1) for x in (q, k[:, halo:], v[:, halo:]))
+    outputs = []
+    for queries, new_keys, new_values in zip(*parts, strict=True):
+        keys = torch.cat([keys[:, keys.shape[1] - halo :], new_keys], dim=1)
+        values = torch.cat([values[:, values.shape[1] - halo :], new_values], dim=1)
+        blocks, rest = divmod(queries.shape[1], block)
+        whole = blocks * block
+        if blocks:
+            outputs.append(_bands(queries[:, :whole], keys, values, scale, window, blocks))
+        if rest:
+            last = slice(whole, None)
+            outputs.append(
+                _bands(queries[:, last], keys[:, last], values[:, last], scale, window, 1)
+            )
     return outputs
 
 

@@ -21,6 +21,8 @@ from launch.quickstart import (
     verdict,
     write_summary,
 )
+from parallel.backend.cpu import CpuBackend
+from parallel.config import BackendName
 from training.config import RunConfig
 
 CONFIG_NAMES = {
@@ -45,6 +47,34 @@ def test_every_part_is_a_command_line_that_composes(tmp_path: Path, size: Size) 
         else:
             module, name = CONFIG_NAMES[part.module].rsplit(".", 1)
             load_config(part.module, getattr(importlib.import_module(module), name), arguments)
+
+
+def test_two_processes_where_there_are_two_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ranks(**keys: Any) -> set[int]:
+        parts = plan_parts(QuickstartConfig(**keys), tmp_path)
+        return {part.num_processes for part in parts if part.module == "train"}
+
+    for devices, expected in ((1, 1), (2, 2), (8, 2)):
+        monkeypatch.setattr(CpuBackend, "num_devices", lambda self, n=devices: n)
+        assert ranks(backend=BackendName.cpu) == {expected}
+    assert ranks(backend=BackendName.cpu, num_processes=3) == {3}
+    with pytest.raises(ValueError, match=r"num_processes \(0\) must be at least 1"):
+        ranks(num_processes=0)
+
+
+def test_every_part_that_computes_runs_on_the_chosen_backend(tmp_path: Path) -> None:
+    for part in plan_parts(QuickstartConfig(backend=BackendName.cpu), tmp_path):
+        expected = part.module in ("train", "evaluate", "generate")
+        assert ("backend=cpu" in part.arguments) is expected
+
+
+def test_each_size_has_a_folder_of_its_own() -> None:
+    folders = [QuickstartConfig(size=size).folder for size in Size]
+    assert len(set(folders)) == len(Size)
+    assert Path("outputs/quickstart") in folders
+    assert QuickstartConfig(out="elsewhere").folder == Path("elsewhere")
 
 
 def test_control_continued_and_scratch_see_the_same_samples(tmp_path: Path) -> None:

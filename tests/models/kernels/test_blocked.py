@@ -40,6 +40,18 @@ def test_blocks_are_the_dense_mask(lengths: tuple[int, int], window: int | None)
     assert_results(actual, expected, relative=1e-12)
 
 
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("lengths", [(301, 301), (193, 193), (130, 301), (700, 750)], ids=str)
+def test_groups_of_bands_hand_their_last_keys_on(
+    lengths: tuple[int, int], window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "_GROUP_TOKENS", 130)
+    operands = softmax_operands(2, *lengths)
+    actual = softmax_results(blocked.softmax_attention, operands, window=window, sequence=None)
+    expected = softmax_results(reference.softmax_attention, operands, window=window, sequence=None)
+    assert_results(actual, expected, relative=1e-12)
+
+
 @pytest.mark.parametrize("window", [None, 1, 20, 64, 400])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_documents_do_not_see_each_other(groups: int, window: int | None) -> None:

@@ -37,7 +37,7 @@ def counts_of(values: list[int], channels: int = 2) -> Tensor:
 
 
 def test_gaussian_oracle_at_k_3() -> None:
-    """Section 10.2 of the method's specification."""
+    """Figures integrated from the normal distribution, to their printed digits."""
     summary = gaussian_summary(3.0)
     assert set(summary) == set(METRICS)
     assert summary["silent_share"] == pytest.approx(0.106, abs=6e-4)
@@ -53,7 +53,7 @@ def test_gaussian_oracle_at_k_3() -> None:
      (4.0, 0.664, 0.512)],
 )  # fmt: skip
 def test_gaussian_sparsity_for_each_k(k: float, sparsity: float, three_step_silence: float) -> None:
-    """The table of section 4.5; its last column counts 3 steps where `firing_rate` counts 9."""
+    """Integrated like those above; the last column counts 3 steps where `firing_rate` counts 9."""
     summary = gaussian_summary(k)
     assert summary["window_sparsity"] == pytest.approx(sparsity, abs=1e-3)
     assert 1 - summary["mean_spikes"] / 3 == pytest.approx(three_step_silence, abs=2e-3)
