@@ -43,6 +43,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.path is not None and self.mixture:
             raise ValueError("data.path and data.mixture must not both be set. Remove one.")
+        if self.prefetch_steps < 0:
+            raise ValueError(f"data.prefetch_steps ({self.prefetch_steps}) must be at least 0.")
         for path, weight in self.mixture.items():
-            if weight <= 0:
+            if not weight > 0:
                 raise ValueError(f"data.mixture.{path} ({weight}) must be above 0.")

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +115,10 @@ class Corpus:
         documents = self._all_documents(damage)
         return documents if self.max_bytes is None else _first_bytes(documents, self.max_bytes)
 
-    def files(self) -> Iterator[SourceFile]:
+    def files(self, damage: Damage | None = None) -> Iterator[SourceFile]:
         """The files that are read, sorted; under `max_bytes` a deterministic choice of them.
+
+        Folders that cannot be read go to `damage`, and what is left out by its ending to the log.
 
         Raises:
             ValueError: `max_bytes` below the smallest file.
@@ -123,27 +126,40 @@ class Corpus:
         if self.root is not None and self.root.is_file():
             yield SourceFile(self.root.name, self.root, self.root.stat().st_size)
         elif self.max_bytes is None:
-            yield from self._walk()
+            yield from self._walk(damage)
         else:
-            found = list(self._walk())
+            found = list(self._walk(damage))
             if any(file.is_rows for file in found):
                 yield from found
             else:
                 yield from _spread(found, self.max_bytes)
 
-    def _walk(self) -> Iterator[SourceFile]:
+    def _walk(self, damage: Damage | None) -> Iterator[SourceFile]:
         """Walk in sorted order, holding one folder's names at a time."""
         root = Path(sysconfig.get_path("stdlib")) if self.root is None else self.root
         suffixes = {".py"} if self.root is None else TEXT_SUFFIXES | ROW_SUFFIXES
         left_out = STDLIB_LEFT_OUT if self.root is None else frozenset({"__pycache__"})
-        for folder, folders, names in os.walk(root):
+        others: Counter[str] = Counter()
+
+        def unreadable(error: OSError) -> None:
+            if damage is not None:
+                name = os.path.relpath(error.filename, root)
+                damage.report(name, str(error.strerror))
+
+        for folder, folders, names in os.walk(root, onerror=unreadable):
             folders[:] = sorted(f for f in folders if f not in left_out and not f.startswith("."))
             for name in sorted(names):
                 path = Path(folder, name)
-                if name.startswith(".") or path.suffix.lower() not in suffixes:
+                if name.startswith("."):
+                    continue
+                if path.suffix.lower() not in suffixes:
+                    others[path.suffix.lower() or "none"] += 1
                     continue
                 if path.is_file() and (size := path.stat().st_size):
                     yield SourceFile(path.relative_to(root).as_posix(), path, size)
+        if damage is not None and others and self.root is not None:
+            kinds = ", ".join(f"{kind} {count}" for kind, count in others.most_common(8))
+            logger.info("left out %d files by their ending: %s", others.total(), kinds)
 
     def _all_documents(self, damage: Damage) -> Iterator[Document]:
         if self.is_saved_dataset:
@@ -152,7 +168,7 @@ class Corpus:
                 self.root, self.root.name, text_key=self.text_key, damage=damage
             )
             return
-        for file in self.files():
+        for file in self.files(damage):
             yield from self._read(file, damage)
 
     def _read(self, file: SourceFile, damage: Damage) -> Iterator[Document]:

@@ -76,16 +76,17 @@ def read_text(
     A file above `document_bytes` is cut after line ends into documents `name#0`, `name#1`, ...;
     `numbered` names a single piece that way too.
     """
+    num_kept = 0
     try:
         pieces = _with_alone(_pieces(path, document_bytes))
         for index, (text, is_alone) in enumerate(pieces):
             piece = name if is_alone and not numbered else f"{name}#{index}"
             if text:
                 yield Document(piece, text, split_key=piece)
-    except UnicodeDecodeError as error:
-        damage.report(name, f"not UTF-8 near byte {error.start} of a piece ({error.reason})")
+                num_kept += 1
     except (OSError, ValueError) as error:
-        damage.report(name, str(error))
+        kept = f"; the {num_kept} pieces before are kept, the rest is lost" if num_kept else ""
+        damage.report(name, f"{error}{kept}")
 
 
 def _with_alone(pieces: Iterator[str]) -> Iterator[tuple[str, bool]]:
@@ -101,7 +102,12 @@ def _with_alone(pieces: Iterator[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _pieces(path: Path, limit: int) -> Iterator[str]:
-    carry = b""
+    """Decoded pieces of a file.
+
+    Raises:
+        ValueError: no text, with the byte of the file.
+    """
+    carry, offset = b"", 0
     with path.open("rb") as stream:
         while block := stream.read(max(1, limit - len(carry))):
             block = carry + block
@@ -109,11 +115,20 @@ def _pieces(path: Path, limit: int) -> Iterator[str]:
             if len(block) >= limit and stream.peek(1):
                 cut = _cut(block)
                 block, carry = block[:cut], block[cut:]
-            if b"\0" in block:
-                raise ValueError("holds NUL bytes, so it is not text")
-            yield block.decode("utf-8")
+            yield _decoded(block, offset)
+            offset += len(block)
     if carry:
-        yield carry.decode("utf-8")
+        yield _decoded(carry, offset)
+
+
+def _decoded(block: bytes, offset: int) -> str:
+    if (nul := block.find(b"\0")) >= 0:
+        raise ValueError(f"holds a NUL at byte {offset + nul}, so it is not text")
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"at byte {offset + error.start}"
+        raise ValueError(f"not UTF-8 {where} ({error.reason})") from error
 
 
 def _cut(block: bytes) -> int:

@@ -1,6 +1,6 @@
 """What a prepared folder is: its manifest, its files and their checks. Reads no tokens.
 
-train.{bin,idx}  heldout.{bin,idx}  tokenizer/  manifest.json
+train.{bin,idx}  heldout.{bin,idx}  tokenizer/  manifest.json  checked.json (what was hashed since)
 """
 
 from __future__ import annotations
@@ -8,14 +8,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer, file_sha256, load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+CHECKED_FILE = "checked.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "heldout")
 
@@ -84,7 +88,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
             "bytes": path.stat().st_size,
         }
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_FILE
+        if path.is_file() and path.name not in (MANIFEST_FILE, CHECKED_FILE)
     }
 
 
@@ -118,6 +122,32 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool = False) -> No
                 f"{path} (sha256 {found[:12]}) must have the manifest's hash: "
                 f"got {record['sha256'][:12]}. The file is damaged; prepare into a new folder."
             )
+
+
+def check_contents(folder: Path, manifest: Manifest) -> None:
+    """Compare all contents with the manifest, once for each state of the files on this disk.
+
+    What was hashed is noted beside the manifest by size, time and inode, so that the next start
+    reads nothing; a copied or touched folder is hashed again.
+
+    Raises:
+        ValueError: a file that is missing, cut short or changed.
+    """
+    check_files(folder, manifest)
+    seen = {name: _state(folder / name) for name in manifest.files}
+    note = folder / CHECKED_FILE
+    if note.is_file() and note.read_text() == json.dumps([manifest.fingerprint, seen]):
+        return
+    check_files(folder, manifest, hashes=True)
+    try:
+        note.write_text(json.dumps([manifest.fingerprint, seen]))
+    except OSError:
+        logger.info("%s cannot be written: %s is hashed at every start.", note, folder)
+
+
+def _state(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:

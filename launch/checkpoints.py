@@ -76,7 +76,9 @@ def open_model(
         parameter.data = torch.empty_like(parameter, dtype=dtype)
     model.to_empty(device=backend.device(0))
     fill(model, source)
-    tokenizer = None if source.tokenizer_folder is None else load_tokenizer(source.tokenizer_folder)
+    tokenizer = None
+    if source.tokenizer_folder is not None and source.tokenizer_sha256 is not None:
+        tokenizer = load_tokenizer(source.tokenizer_folder)
     return OpenedModel(model.eval().requires_grad_(False), source.model, tokenizer, source.manifest)
 
 
@@ -116,18 +118,33 @@ def checkpoint_model(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no checkpoint there.
     """
-    values: dict[str, Any] = TypeAdapter(ModelConfig).dump_python(
-        open_weights(path).model, mode="json"
-    )
+    model = open_weights(path, check_files=False).model
+    values: dict[str, Any] = TypeAdapter(ModelConfig).dump_python(model, mode="json")
     return values
 
 
 def _note_spiking(source: WeightSource, spiking: SpikingConfig | None) -> None:
-    """Say so when a model that was trained with spikes runs without them."""
-    trained = dict((source.manifest or {}).get("spiking") or {})
-    is_off = spiking is None or spiking.neuron is NeuronKind.off
-    if is_off and trained.get("neuron", "off") != "off":
+    """Say so when a model runs with another neuron than it was trained with."""
+    saved = (source.manifest or {}).get("spiking")
+    if saved is None:
+        return
+    trained = TypeAdapter(SpikingConfig).validate_python(saved)
+    if trained.neuron is NeuronKind.off:
+        return
+    here = spiking or SpikingConfig()
+    overrides = [f"spiking={trained.neuron.value}"] if here.neuron is not trained.neuron else []
+    overrides += [
+        f"spiking.{key}={'null' if getattr(trained, key) is None else getattr(trained, key)}"
+        for key in ("k", "max_count")
+        if getattr(here, key) != getattr(trained, key)
+    ]
+    if overrides and here.neuron is NeuronKind.off:
         logger.info(
-            "%s was trained with spiking (%s, k %s) and runs without it; add spiking=%s to spike",
-            source.path, trained["neuron"], trained.get("k"), trained["neuron"],
+            "%s was trained with spiking and runs without it; add %s to spike",
+            source.path, " ".join(overrides),
+        )  # fmt: skip
+    elif overrides:
+        logger.warning(
+            "%s was trained with another neuron than it runs with; add %s for its own",
+            source.path, " ".join(overrides),
         )  # fmt: skip

@@ -23,7 +23,9 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -59,22 +61,29 @@ def command(
             if "--help" in arguments or "-h" in arguments:
                 sys.stdout.write(help_text(name, schema, body.__doc__ or ""))
                 return
-            try:
-                if any(argument.startswith("-") for argument in arguments):
-                    _run_hydra_main(name, schema, lambda raw: body(typed(raw, schema, resolve)))
-                else:
-                    body(typed(compose_mapping(name, schema, arguments), schema, resolve))
-            except ConfigError as error:
-                _fail(error, status=2)
-            except (ValueError, OSError, RuntimeError) as error:
-                if os.environ.get("SYNFIRE_TRACEBACK"):
-                    raise
-                _fail(error, status=1)
+            if any(argument.startswith("-") for argument in arguments):
+                _run_hydra_main(name, schema, lambda raw: body(typed(raw, schema, resolve)))
+            else:
+                _guarded(
+                    lambda: body(typed(compose_mapping(name, schema, arguments), schema, resolve))
+                )
 
         main.__doc__ = body.__doc__
         return main
 
     return decorate
+
+
+def _guarded(work: Callable[[], None]) -> None:
+    """Turn what a command raises into one clear line and an exit status."""
+    try:
+        work()
+    except ConfigError as error:
+        _fail(error, status=2)
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("SYNFIRE_TRACEBACK"):
+            raise
+        _fail(error, status=1)
 
 
 def compose_mapping(name: str, schema: type[Any], overrides: list[str]) -> dict[str, Any]:
@@ -87,7 +96,7 @@ def compose_mapping(name: str, schema: type[Any], overrides: list[str]) -> dict[
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name=name):
-            return _plain(compose(_root(name), overrides=quote_patterns(overrides)))
+            return _plain(compose(_root(name), overrides=quote_values(overrides)))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain_hydra(error, schema, overrides)) from error
 
@@ -131,12 +140,25 @@ def drop_launcher_arguments(arguments: list[str]) -> list[str]:
 _BARE_PATTERN = re.compile(r"((?:\S+\.)?(?:mixers|ffns))=((?!null$)[^'\"]+)")
 
 
-def quote_patterns(overrides: list[str]) -> list[str]:
-    """Quote layer patterns, whose brackets and stars Hydra's grammar refuses bare.
+_BARE_TEXT = re.compile(r"(prompt|sentence)=((?!['\"]).*)", re.DOTALL)
+
+
+def quote_values(overrides: list[str]) -> list[str]:
+    """Quote what Hydra's grammar refuses bare: layer patterns, and text for a model to read.
 
     A comma separates the patterns of a sweep; a value that the user quoted stays as it is.
     """
-    return [_quote_pattern(override) for override in overrides]
+    return [_quote_text(_quote_pattern(override)) for override in overrides]
+
+
+def _quote_text(override: str) -> str:
+    bare = _BARE_TEXT.fullmatch(override)
+    if bare is None or not bare[2]:
+        return override
+    # In Hydra's strings a backslash counts only before a quote, or before the closing one.
+    text = re.sub(r"(\\*)'", r"\1\1\\'", bare[2])
+    text = re.sub(r"(\\+)$", r"\1\1", text)
+    return f"{bare[1]}='{text}'".replace("${", "\\${")
 
 
 def _quote_pattern(override: str) -> str:
@@ -234,10 +256,15 @@ def _root(name: str) -> str:
 def _run_hydra_main(name: str, schema: type[Any], run: Callable[[dict[str, Any]], None]) -> None:
     """Hydra's own entry, for its flags (`--cfg`, `--multirun`, ...)."""
     _register(name, schema)
-    sys.argv[1:] = quote_patterns(drop_launcher_arguments(sys.argv[1:]))
+    sys.argv[1:] = quote_values(drop_launcher_arguments(sys.argv[1:]))
 
     def entry(config: DictConfig) -> None:
-        run(_plain(config))
+        raw = _plain(config)
+        job = HydraConfig.get()
+        if job.mode is RunMode.MULTIRUN and "run_dir" in raw:
+            # Jobs of a sweep share the run's name, and each needs a folder of its own.
+            raw["run_dir"] = str(Path(str(raw["run_dir"])) / f"job_{job.job.num}")
+        _guarded(lambda: run(raw))
 
     hydra.main(config_path=str(CONF), config_name=_root(name), version_base="1.3")(entry)()
 

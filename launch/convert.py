@@ -25,13 +25,13 @@ from models.conversion.attention_transfer import (
 from models.conversion.certificate import build_certificate, compare_numerically
 from models.conversion.convert import TargetTensor, plan_conversion
 from models.conversion.huggingface import SafetensorsFolder, copy_tokenizer, write_json
-from models.conversion.new_parameters import NormInit
+from models.conversion.new_parameters import KeyBias, NormInit
 from models.conversion.source_checks import becomes_linear, warn_of_changes
 from models.conversion.source_config import read_config, read_format
 from models.layer_pattern import LayerPattern
 from models.layouts import is_new_parameter
 from parallel.boxes import LazyTensor
-from parallel.checkpoint import save_streamed
+from parallel.checkpoint import CheckpointError, read_manifest, save_streamed
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +99,15 @@ def refuse_occupied(out: Path) -> None:
     Raises:
         ValueError: `out` holds something that is not a checkpoint.
     """
-    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not is_free and not (out / "manifest.json").is_file():
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        read_manifest(out)
+    except CheckpointError as error:
         raise ValueError(
             f"out ({out}) must be new, empty or an older checkpoint: it is neither. "
             "Name another folder."
-        )
+        ) from error
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
@@ -134,6 +137,9 @@ def _fit(
 ) -> Fitted:
     """What sample text decides; warns about what stays undecided without it."""
     if not any(becomes_linear(read_config(source.config), target)):
+        for key, is_given in given_for_new_layers(config).items():
+            if is_given:
+                logger.warning("%s has no effect: no layer becomes L. Set mixers= or model=.", key)
         return Fitted()
     if text is None:
         if config.norm_init is NormInit.calibrated:
@@ -153,6 +159,16 @@ def _fit(
     return fit_new_parameters(
         source, target, config.options, text.calibration, alignment=alignment, progress=_report
     )
+
+
+def given_for_new_layers(config: ConvertConfig) -> dict[str, bool]:
+    """Keys that only layers which become `L` read, and whether they are off their defaults."""
+    return {
+        "align.tokens": config.align.tokens > 0,
+        "gate_init": config.gate_init != "zero",
+        "norm_init": config.norm_init is not NormInit.calibrated,
+        "linear.key_bias": config.linear.key_bias is not KeyBias.keep,
+    }
 
 
 def _write(  # noqa: PLR0913 - everything that a checkpoint consists of

@@ -20,7 +20,7 @@ from data.prepared import read_manifest
 from launch.checkpoints import OpenedModel, full_spikes, open_model
 from launch.compose import command
 from launch.logits import write_logits
-from models.config import SpikingConfig
+from models.config import NeuronKind, SpikingConfig
 from models.spiking.recorder import METRICS, SpikeRecorder, metrics
 from parallel.backend.detect import detect
 from parallel.config import BackendName, Precision
@@ -128,6 +128,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "pattern": opened.config.layers.describe(),
         "precision": config.precision.value,
         "spiking": config.spiking.neuron.value,
+        "k": None if config.spiking.neuron is NeuronKind.off else config.spiking.k,
         "step": None if opened.manifest is None else opened.manifest.get("step"),
     }
     if config.logits.tokens is not None and config.logits.out is not None:

@@ -19,7 +19,6 @@ from models.conversion.config_keys import Format
 from models.conversion.convert import plan_conversion
 from models.conversion.export import MAX_SHARD_BYTES, export_folder
 from models.conversion.huggingface import SafetensorsFolder, TensorEntry
-from models.conversion.source_config import read_format
 from models.conversion.target_config import choose_format, write_config
 from parallel.checkpoint import tensor_dtypes
 from training.weights import MODEL, WeightSource, open_weights
@@ -135,10 +134,7 @@ def _format(config: ExportConfig, source: WeightSource) -> Format:
 
 def _base_format(source: WeightSource) -> Format | None:
     """The format that the weights were imported from, as far as anyone wrote it down."""
-    if source.manifest is None:
-        return read_format(SafetensorsFolder(source.path).config)
-    base = source.manifest.get("source")
-    return Format[base["format"]] if base else None
+    return None if source.format is None else Format[source.format]
 
 
 def _spiking(source: WeightSource) -> SpikingConfig | None:

@@ -9,76 +9,16 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from launch.compose import command
-from parallel.backend.detect import detect
-from parallel.config import BackendName
-from training.config import STRICT
+from launch.quickstart_plan import VARIANTS, Part, QuickstartConfig, plan_parts
+from launch.quickstart_record import Record, code_stamp
+from parallel.backend.cpu import CpuBackend
 
 logger = logging.getLogger(__name__)
-
-
-class Size(Enum):
-    """`full` is the real thing; `ci` only shows that every part runs."""
-
-    full = "full"
-    ci = "ci"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QuickstartConfig:
-    """Where it goes, how long it trains, on what.
-
-    `out` null: a folder of its own for each size. `num_processes` null: two, or one where there is
-    one device.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    size: Size = Size.full
-    out: str | None = None
-    num_processes: int | None = None
-    backend: BackendName = BackendName.auto
-
-    def __post_init__(self) -> None:
-        if self.num_processes is not None and self.num_processes < 1:
-            raise ValueError(f"num_processes ({self.num_processes}) must be at least 1, or null.")
-
-    @property
-    def folder(self) -> Path:
-        """Where everything is written."""
-        own = {Size.full: "outputs/quickstart", Size.ci: "outputs/quickstart_ci"}
-        return Path(self.out or own[self.size])
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One command; `weight` is its share of the time, from a measured run."""
-
-    name: str
-    module: str
-    arguments: tuple[str, ...]
-    weight: float
-    num_processes: int = 1
-
-    def argv(self) -> list[str]:
-        """The command line."""
-        python = [sys.executable]
-        if self.num_processes > 1:
-            python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                       str(self.num_processes)]  # fmt: skip
-        return [*python, "-m", f"launch.{self.module}", *self.arguments]
-
-
-VARIANTS = ("base", "control", "scratch", "converted", "continued", "spiked")
-WINDOW_TOKENS = 64
 
 
 @command("quickstart", QuickstartConfig)
@@ -86,89 +26,29 @@ def main(config: QuickstartConfig) -> None:
     """Run the main job: text, a Transformer, its conversion, spikes, comparison, export, report.
 
     Every part is a command that could be typed by hand; each is printed before it runs and its
-    output is kept in OUT/logs. A part that is already complete is resumed or reused.
+    output is kept in OUT/logs. An interrupted part is resumed, a complete one reused; a part whose
+    command, inputs or code have changed since is done afresh.
     """
     out = config.folder
     (out / "logs").mkdir(parents=True, exist_ok=True)
     parts = list(plan_parts(config, out))
+    record = Record.open(out, code_stamp(), parts)
     progress = _Progress([part.weight for part in parts])
     seconds: dict[str, float] = {}
     for index, part in enumerate(parts):
         if part.module == "report":
-            write_summary(out, {**seconds, "total": progress.elapsed()})
-        seconds[part.name] = _run(part, index, out / "logs" / f"{part.name}.log", progress)
-    summary = write_summary(out, {**seconds, "total": progress.elapsed()})
+            write_summary(out, seconds)
+        if not record.begin(part):
+            progress.skip(index)
+            logger.info("%s, done before", progress.line(index, part.name, 1.0))
+        else:
+            spent = _run(part, index, out / "logs" / f"{part.name}.log", progress)
+            record.complete(part, spent)
+        seconds[part.name] = record.seconds(part)
+    summary = write_summary(out, seconds)
     for line in verdict(summary):
         logger.info("%s", line)
     logger.info("look at %s", out / "report.html")
-
-
-def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
-    """Every command of the quickstart, in order."""
-    ci = config.size is Size.ci
-    data = f"data.path={out / 'data'}"
-    steps = ("training.max_steps=8", "checkpoint.interval_steps=8") if ci else ()
-    ranks = config.num_processes or min(2, detect(config.backend).num_devices())
-    backend = f"backend={config.backend.value}"
-    text = ("max_bytes=1000000",) if ci else ()
-    yield Part("prepare", "prepare", (f"out={out / 'data'}", "vocab_size=2048", *text), 11)
-
-    def train(name: str, experiment: str, weight: float, *more: str) -> Part:
-        arguments = (
-            f"experiment={experiment}",
-            f"run_dir={out / name}",
-            data,
-            backend,
-            *steps,
-            *more,
-        )
-        return Part(name, "train", arguments, weight, ranks)
-
-    yield train("base", "quickstart_base", 137)
-    yield Part("base_export", "export", (f"checkpoint={out / 'base'}", f"out={out / 'base_hf'}"), 4)
-    yield Part(
-        "convert", "convert",
-        (f"source={out / 'base_hf'}", f"out={out / 'converted'}", "mixers=[L S]*2",
-         f"window_tokens={WINDOW_TOKENS}", f"text={out / 'data'}",
-         f"align.tokens={8192 if ci else 131072}"),
-        10,
-    )  # fmt: skip
-    yield train("control", "quickstart_control", 56, f"init.checkpoint={out / 'base_hf'}")
-    half = ("spiking.start_step=4",) if ci else ()
-    converted = f"init.checkpoint={out / 'converted'}"
-    yield train("continue", "quickstart_continue", 60, converted, *half)
-    yield train("scratch", "quickstart_scratch", 59, *half)
-    yield from _evaluations(out, backend, rows=4 if ci else 64)
-    exported = (f"checkpoint={out / 'continue'}", f"out={out / 'gla_swa'}", "format=gla_swa")
-    yield Part("export", "export", exported, 4)
-    yield Part(
-        "generate", "generate",
-        (f"checkpoint={out / 'continue'}", "prompt='def read(path):'", "max_new_tokens=64",
-         backend),
-        3,
-    )  # fmt: skip
-    yield Part(
-        "report", "report",
-        (f"run_dir={out / 'continue'}", f"out={out / 'report.html'}",
-         f"summary={out / 'summary.json'}", f"certificate={out / 'converted'}"), 5,
-    )  # fmt: skip
-
-
-def _evaluations(out: Path, backend: str, *, rows: int) -> Iterator[Part]:
-    """The same held-out rows through all six models."""
-    sources = {
-        "base": ("base_hf", "off"), "control": ("control", "off"), "scratch": ("scratch", "off"),
-        "converted": ("converted", "off"), "continued": ("continue", "off"),
-        "spiked": ("continue", "adaptive"),
-    }  # fmt: skip
-    for name in VARIANTS:
-        folder, spiking = sources[name]
-        arguments = (
-            f"checkpoint={out / folder}", f"data.path={out / 'data'}", f"rows={rows}",
-            "sequence_length=256", f"window_tokens={WINDOW_TOKENS}", f"spiking={spiking}",
-            f"out={out / 'evaluations' / f'{name}.json'}", backend,
-        )  # fmt: skip
-        yield Part(f"evaluate_{name}", "evaluate", arguments, 3)
 
 
 class _Progress:
@@ -178,14 +58,14 @@ class _Progress:
         self._weights = weights
         self._started = time.monotonic()
 
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return round(time.monotonic() - self._started, 1)
+    def skip(self, index: int) -> None:
+        """A part that costs no time."""
+        self._weights[index] = 0.0
 
     def line(self, index: int, name: str, share: float) -> str:
         """One line: part, share of it done, time so far, time left."""
         done = sum(self._weights[:index]) + share * self._weights[index]
-        total = sum(self._weights)
+        total = max(sum(self._weights), 1.0)
         elapsed = time.monotonic() - self._started
         # The shares were measured on 2 cores; before there is evidence, believe them as seconds.
         speed = elapsed / done if done > 0.05 * total else 1.0
@@ -232,8 +112,8 @@ def _run(part: Part, index: int, log: Path, progress: _Progress) -> float:
 
 
 def _threads(part: Part) -> str:
-    """Cores shared fairly among the processes of a part."""
-    return str(max((os.cpu_count() or 1) // part.num_processes, 1))
+    """Cores that we may use, shared fairly among the processes of a part."""
+    return str(max(CpuBackend().num_devices() // part.num_processes, 1))
 
 
 def write_summary(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
@@ -252,7 +132,7 @@ def write_summary(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
         "tokens": {
             name: _tokens(out / name) for name in ("base", "control", "continue", "scratch")
         },
-        "seconds": seconds,
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary

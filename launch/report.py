@@ -14,7 +14,7 @@ from launch.compose import command
 from launch.report_page import render_report
 from launch.spike_raster import Sentence, write_raster
 from models.config import NeuronKind, SpikingConfig
-from parallel.checkpoint_folders import newest_complete, read_manifest
+from parallel.checkpoint_folders import CheckpointError, newest_complete, read_manifest
 from training.config import STRICT
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,11 @@ def main(config: ReportConfig) -> None:
 
 def make_raster(run_dir: Path, sentence: str) -> None:
     """Write the raster of a sentence through the run's newest checkpoint, if the run spikes."""
-    newest = newest_complete(run_dir)
+    try:
+        newest = newest_complete(run_dir)
+    except CheckpointError as error:
+        logger.warning("no raster: %s", error)
+        return
     if newest is None:
         return
     trained = TypeAdapter(SpikingConfig).validate_python(read_manifest(newest)["spiking"])

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from data.loader import Batch, StageData, heldout_rows
 from data.prepared import MANIFEST_FILE, read_manifest
@@ -48,6 +47,12 @@ class SampleSizes:
     def align_rows(self) -> int:
         """Rows for alignment."""
         return -(-self.align_tokens // self.sequence_length)
+
+    def fitting_split(self, found: int) -> int:
+        """How many of `found` rows to fit on are for statistics; the rest is for alignment."""
+        if not self.align_rows:
+            return min(self.rows, found)
+        return min(self.rows, max(found - self.align_rows, found // 2))
 
 
 def read_sample(
@@ -86,22 +91,26 @@ def _from_prepared(
             f"tokenizer={tokenizer.path}."
         )
 
-    def train(stage: str, rows: int) -> SampleRows:
-        data = StageData(
-            {str(path): 1.0},
-            seed=seed,
-            stage=stage,
-            sequence_length=sizes.sequence_length,
-            rows_per_step=rows,
-        )
-        return _rows(data.batch(0))
-
+    # One permutation of the documents: its first rows for statistics, the next for alignment.
+    data = StageData(
+        {str(path): 1.0},
+        seed=seed,
+        stage="fit",
+        sequence_length=sizes.sequence_length,
+        rows_per_step=sizes.rows + sizes.align_rows,
+    )
+    fitting = _rows(data.batch(0))
     heldout = heldout_rows(path, sequence_length=sizes.sequence_length, rows=sizes.rows)
     return SampleText(
-        calibration=train("calibrate", sizes.rows),
+        calibration=_slice(fitting, 0, sizes.rows),
         evaluation=_rows(heldout),
-        alignment=train("align", sizes.align_rows) if sizes.align_rows else None,
+        alignment=_slice(fitting, sizes.rows, None) if sizes.align_rows else None,
     )
+
+
+def _slice(rows: SampleRows, start: int, stop: int | None) -> SampleRows:
+    part = slice(start, stop)
+    return SampleRows(rows.tokens[part], rows.labels[part], rows.document_ids[part])
 
 
 def _from_file(path: Path, sizes: SampleSizes, tokenizer: Tokenizer) -> SampleText:
@@ -116,7 +125,12 @@ def _from_file(path: Path, sizes: SampleSizes, tokenizer: Tokenizer) -> SampleTe
         )
     num_evaluation = min(sizes.rows, found // 2)
     first = found - num_evaluation
-    if first < max(sizes.rows, sizes.align_rows) or num_evaluation < sizes.rows:
+    if sizes.align_rows and first < 2:
+        raise ValueError(
+            f"text ({path}: {len(ids)} tokens) must give three rows to align on: got "
+            f"sequence_length {length}. Give more text, or a smaller sequence_length."
+        )
+    if first < sizes.rows + sizes.align_rows or num_evaluation < sizes.rows:
         logger.warning(
             "%s has %d rows of %d tokens: fitting on %d, judging on %d.",
             path, found, length, first, num_evaluation,
@@ -125,16 +139,15 @@ def _from_file(path: Path, sizes: SampleSizes, tokenizer: Tokenizer) -> SampleTe
         ids[: found * length].view(-1, length),
         ids[1 : found * length + 1].view(-1, length),
     )
-    aligned = sizes.align_rows
+
+    rows = SampleRows(inputs, labels, torch.zeros_like(inputs))
+    split = sizes.fitting_split(first)
+    aligned = min(split + sizes.align_rows, first)
     return SampleText(
-        calibration=_one_document(inputs[: min(sizes.rows, first)], labels),
-        evaluation=_one_document(inputs[first:], labels[first:]),
-        alignment=_one_document(inputs[: min(aligned, first)], labels) if aligned else None,
+        calibration=_slice(rows, 0, split),
+        evaluation=_slice(rows, first, None),
+        alignment=_slice(rows, split, aligned) if sizes.align_rows else None,
     )
-
-
-def _one_document(inputs: Tensor, labels: Tensor) -> SampleRows:
-    return SampleRows(inputs, labels[: len(inputs)], torch.zeros_like(inputs))
 
 
 def _rows(batch: Batch) -> SampleRows:

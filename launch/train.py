@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 from launch.checkpoints import checkpoint_model
@@ -11,11 +13,20 @@ from training.run import run
 
 
 def model_from_checkpoint(raw: dict[str, Any]) -> dict[str, Any]:
-    """With `model=from_checkpoint` the model is the one of `init.checkpoint`."""
+    """With `model=from_checkpoint` the model is the one of `init.checkpoint`.
+
+    A run that has checkpoints of its own no longer needs it: where it is gone, they tell the model.
+    """
     source = raw["init"]["checkpoint"]
-    if source is not None and "vocab_size" not in raw["model"]:
-        return {**raw, "model": checkpoint_model(source)}
-    return raw
+    if source is None or "vocab_size" in raw["model"]:
+        return raw
+    own = Path(str(raw.get("run_dir")))
+    is_own = not Path(source).exists() and (own / "checkpoints").is_dir()
+    return {**raw, "model": checkpoint_model(own if is_own else source)}
+
+
+STOPPED_STATUS = 75
+"""EX_TEMPFAIL: nothing went wrong, and the same command goes on."""
 
 
 @command("train", RunConfig, resolve=model_from_checkpoint)
@@ -23,9 +34,11 @@ def main(config: RunConfig) -> None:
     """Continual pretraining through the stages of an experiment.
 
     The same command again resumes from the newest complete checkpoint of run_dir. Many processes:
-    torchrun --nproc-per-node N -m launch.train key=value ...
+    torchrun --nproc-per-node N -m launch.train key=value ... Exit status 75 says that the run was
+    stopped and saved before its last step.
     """
-    run(config)
+    if not run(config):
+        sys.exit(STOPPED_STATUS)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,21 @@ class RopeType(Enum):
     yarn = "yarn"
 
 
+SCALING_KEYS: dict[RopeType, tuple[str, ...]] = {
+    RopeType.default: (),
+    RopeType.linear: ("factor",),
+    RopeType.llama3: (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+    RopeType.yarn: (
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+        "mscale", "mscale_all_dim", "truncate",
+    ),
+}  # fmt: skip
+"""Which keys each type reads."""
+_ALL_SCALING_KEYS = frozenset(name for names in SCALING_KEYS.values() for name in names)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
     """Rotary position embedding of the softmax mixers; the linear mixer has none."""
@@ -40,6 +55,19 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.theta > 0:
+            raise ValueError(f"rope.theta ({self.theta}) must be above 0.")
+        if not self.factor >= 1:
+            raise ValueError(f"rope.factor ({self.factor}) must be at least 1.")
+        for name in sorted(_ALL_SCALING_KEYS - set(SCALING_KEYS[self.type])):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                kinds = [kind.value for kind in RopeType if name in SCALING_KEYS[kind]]
+                raise ValueError(
+                    f"rope.{name} ({getattr(self, name)}) has no effect with rope.type "
+                    f"{self.type.value}. Set rope.type to {' or '.join(kinds)}, or leave it out."
+                )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearAttentionConfig:
@@ -50,6 +78,19 @@ class LinearAttentionConfig:
     gate_low_rank_dim: int = 16
     gate_logit_normalizer: float = 16.0
     norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.gate_low_rank_dim < 1:
+            raise ValueError(
+                f"linear.gate_low_rank_dim ({self.gate_low_rank_dim}) must be at least 1."
+            )
+        if not self.gate_logit_normalizer > 0:
+            raise ValueError(
+                f"linear.gate_logit_normalizer ({self.gate_logit_normalizer}) must be above 0: "
+                "decays would grow the state."
+            )
+        if not self.norm_eps > 0:
+            raise ValueError(f"linear.norm_eps ({self.norm_eps}) must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +129,10 @@ class ModelConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"rms_norm_eps ({self.rms_norm_eps}) must be above 0.")
+        if not self.initializer_range >= 0:
+            raise ValueError(f"initializer_range ({self.initializer_range}) must be at least 0.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -180,8 +225,18 @@ class SpikingConfig:
     def __post_init__(self) -> None:
         for name in ("k", "k_start"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"{name} ({value}) must be above 0: the threshold is mean|x| / k.")
+        for name in ("start_step", "anneal_steps", "blend_steps", "statistics_interval_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0.")
+        if self.statistics_tokens < 1:
+            raise ValueError(f"statistics_tokens ({self.statistics_tokens}) must be at least 1.")
+        if self.k_start is not None and self.anneal_steps == 0:
+            raise ValueError(
+                f"k_start ({self.k_start}) must come with anneal_steps, over which k moves from it "
+                "to k. Set spiking.anneal_steps, or leave k_start at null."
+            )
         if self.max_count is not None and self.max_count < 1:
             raise ValueError(
                 f"max_count ({self.max_count}) must be at least 1, or null for no clip."

@@ -32,6 +32,7 @@ from parallel.checkpoint_folders import (
     newest_complete,
     prune,
     read_manifest,
+    set_aside,
     step_directory,
     verify,
 )
@@ -41,7 +42,7 @@ from parallel.safe_metadata import UnsafeMetadataError, read_metadata, stored_te
 __all__ = [
     "Box", "CheckpointError", "DamagedCheckpointError", "LazyTensor", "UnsafeMetadataError", "load",
     "newest_complete", "prune", "read_manifest", "read_tensors", "save", "save_streamed",
-    "step_directory", "tensor_dtypes", "tensor_shapes", "verify",
+    "set_aside", "step_directory", "tensor_dtypes", "tensor_shapes", "verify",
 ]  # fmt: skip
 
 Result = TypeVar("Result")

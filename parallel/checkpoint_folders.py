@@ -94,10 +94,13 @@ def verify(directory: Path, *, mesh: Mesh | None = None) -> None:
         )
 
 
-def newest_complete(run_dir: Path, *, mesh: Mesh | None = None) -> Path | None:
+def newest_complete(
+    run_dir: Path, *, mesh: Mesh | None = None, check_files: bool = True
+) -> Path | None:
     """The newest undamaged checkpoint of a run, or None when there is none at all.
 
-    Damaged ones are named in the log and passed over.
+    Damaged ones are named in the log and passed over. Without `check_files` only manifests are
+    read, which finds no damage in the data.
 
     Raises:
         CheckpointError: there are checkpoints and every one of them is damaged.
@@ -108,7 +111,10 @@ def newest_complete(run_dir: Path, *, mesh: Mesh | None = None) -> Path | None:
     for name in reversed(names):
         directory = run_dir / "checkpoints" / name
         try:
-            verify(directory, mesh=mesh)
+            if check_files:
+                verify(directory, mesh=mesh)
+            else:
+                read_manifest(directory)
         except CheckpointError as error:
             if mesh is None or mesh.is_main:
                 logger.warning("%s It is passed over; the one before it is tried.", error)
@@ -120,6 +126,22 @@ def newest_complete(run_dir: Path, *, mesh: Mesh | None = None) -> Path | None:
             "Start in another run_dir, or move these away to begin at step 0."
         )
     return None
+
+
+def set_aside(run_dir: Path, *, after_step: int) -> list[Path]:
+    """Rename the checkpoints beyond the step that a run goes on from, which are damaged.
+
+    They keep their content as `damaged_<name>` and are never looked at again: one that became
+    readable later would belong to steps that were trained twice. Call it on one rank.
+    """
+    folder = run_dir / "checkpoints"
+    moved = []
+    for name in _step_names(run_dir):
+        if int(name.removeprefix("step_")) > after_step:
+            target = folder / f"damaged_{name}"
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append((folder / name).rename(target))
+    return moved
 
 
 def prune(run_dir: Path, *, keep_last: int) -> None:

@@ -91,6 +91,11 @@ class ParallelConfig:
                 )
         if self.dp is not None and self.dp < 1:
             raise ValueError(f"parallel.dp ({self.dp}) must be at least 1, or null to derive it.")
+        if self.schedule is not PipelineSchedule.one_f_one_b:
+            raise ValueError(
+                f"parallel.schedule ({self.schedule.value}) must be one_f_one_b: another order of "
+                "pipeline stages " + _NOT_YET.format(default="one_f_one_b")
+            )
         if self.sequence_parallel:
             raise ValueError(
                 "parallel.sequence_parallel (true) must be false: it needs parallel.tp, which "

@@ -130,6 +130,7 @@ def manifest_facts(config: RunConfig, data: RunData, origin: Origin) -> dict[str
         "data": data.fingerprints(),
         "config_hash": config_hash(resolved),
         "new_parameters": list(origin.new_parameters),
+        "weights": origin.weights,
         "wandb_run_id": origin.run_id,
         "versions": library_versions(),
     }

@@ -39,6 +39,21 @@ class OptimizerConfig:
     new_parameter_lr_factor: float = 1.0
     freeze: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"optimizer.{name} ({getattr(self, name)}) must be from 0 to below 1."
+                )
+        if not self.eps > 0:
+            raise ValueError(f"optimizer.eps ({self.eps}) must be above 0.")
+        for name in ("weight_decay", "new_parameter_lr_factor"):
+            _refuse_negative(f"optimizer.{name}", getattr(self, name))
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(
+                f"optimizer.clip_norm ({self.clip_norm}) must be above 0. Use null for no clipping."
+            )
+
 
 class ScheduleKind(Enum):
     """Shape of the learning rate over a stage."""
@@ -80,6 +95,7 @@ class StageConfig:
         for name in ("sequence_length", "steps", "global_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
+        _refuse_negative("lr", self.lr)
         rows, rest = divmod(self.global_batch_tokens, self.sequence_length)
         if rest:
             raise ValueError(
@@ -116,6 +132,15 @@ class TrainingConfig:
         for name in ("microbatch_rows", "recompute_every", "loss_chunk_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} ({getattr(self, name)}) must be at least 1.")
+        for name in ("max_steps", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"training.{name} ({value}) must be at least 1, or null.")
+        if self.recompute_every > 1 and self.recompute is not Recompute.every_n:
+            raise ValueError(
+                f"training.recompute_every ({self.recompute_every}) must be 1 without "
+                f"training.recompute=every_n: got {self.recompute.value}. Set one or the other."
+            )
         if self.recompute is Recompute.selective:
             raise ValueError(
                 "training.recompute (selective) is not in this release. Use none, full or every_n."
@@ -146,6 +171,11 @@ class CheckpointConfig:
     interval_steps: int = 100
     keep_last: int = 2
 
+    def __post_init__(self) -> None:
+        _refuse_negative("checkpoint.interval_steps", self.interval_steps)
+        if self.keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last ({self.keep_last}) must be at least 1.")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
@@ -155,6 +185,11 @@ class EvaluationConfig:
 
     interval_steps: int = 0
     rows: int = 16
+
+    def __post_init__(self) -> None:
+        _refuse_negative("evaluation.interval_steps", self.interval_steps)
+        if self.rows < 1:
+            raise ValueError(f"evaluation.rows ({self.rows}) must be at least 1.")
 
 
 class WandbMode(Enum):
@@ -174,6 +209,10 @@ class LoggingConfig:
     wandb: WandbMode = WandbMode.offline
     project: str = "synfire"
     interval_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.interval_steps < 1:
+            raise ValueError(f"logging.interval_steps ({self.interval_steps}) must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,3 +248,9 @@ class RunConfig:
         """Steps the run makes: the stages' sum, or `training.max_steps`."""
         configured = sum(stage.steps for stage in self.stages.values())
         return configured if self.training.max_steps is None else self.training.max_steps
+
+
+def _refuse_negative(key: str, value: float) -> None:
+    # Written so that NaN is refused too.
+    if not value >= 0:
+        raise ValueError(f"{key} ({value}) must be at least 0.")

@@ -16,6 +16,7 @@ from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SHOWN_SAMPLES = 8
+LAUNCHER_VARIABLE = "TORCHELASTIC_RUN_ID"
 STOPPED = "stopped.json"
 FAILED = "failed.json"
 
@@ -48,11 +49,13 @@ def write_status(run_dir: Path, name: str, content: dict[str, Any]) -> None:
 class StopRequest:
     """Notes SIGTERM and SIGUSR1 while it is entered, so that the loop can finish its step.
 
-    Only the main thread can listen; elsewhere (tests, notebooks) nothing is installed.
+    Only the main thread can listen; elsewhere (tests, notebooks) nothing is installed. Ranks of a
+    launcher that was killed stop too: nobody waits for them, and a new job may want the run folder.
     """
 
     def __init__(self) -> None:
-        self.reason: str | None = None
+        self._signal: str | None = None
+        self._launcher = os.getppid() if LAUNCHER_VARIABLE in os.environ else None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -71,5 +74,12 @@ class StopRequest:
             signal.signal(number, handler)
         self._previous.clear()
 
+    @property
+    def reason(self) -> str | None:
+        """Why to stop, None while there is no reason."""
+        if self._signal is None and self._launcher not in (None, os.getppid()):
+            return "the end of its launcher"
+        return self._signal
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        self._signal = signal.Signals(number).name

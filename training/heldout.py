@@ -5,8 +5,9 @@ The measure is `training.evaluate`'s; losses come from the engine, so sharded pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,10 +104,19 @@ def trained_spikes(spiking: SpikingConfig, step: int) -> Spikes | None:
 
 def _stage_rows(stage: Stage, data: RunData, mesh: Mesh, rows: int) -> dict[str, Rows]:
     return {
-        path.resolve().name: rank_share(
+        name: rank_share(
             heldout_rows(path, sequence_length=stage.config.sequence_length, rows=rows),
             rank=mesh.dp_rank,
             size=mesh.dp_size,
         )
-        for path in data.sources[stage.name]
+        for name, path in distinct_names(data.sources[stage.name]).items()
     }
+
+
+def distinct_names(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders by their last parts, as many as tell all of them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(set(parts)):
+        depth += 1
+    return {"/".join(part[-depth:]): folder for part, folder in zip(parts, folders, strict=True)}

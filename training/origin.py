@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from models.layouts import parameter_layouts
-from parallel.checkpoint import newest_complete, read_manifest
+from parallel.checkpoint import CheckpointError, newest_complete, read_manifest
 from parallel.engine_protocol import Engine
 from parallel.mesh import Mesh
 from training.callbacks import new_run_id
@@ -36,7 +36,8 @@ class Origin:
 
     `resume` is this run's own newest checkpoint and `manifest` its manifest. `source` is
     `init.checkpoint`. `new_parameters` are the names that conversion, or this warm start, added.
-    `run_id` is the dashboard's.
+    `run_id` is the dashboard's, and `weights` tells path, fingerprint and base format of the
+    weights that the run began with, None for random ones.
     """
 
     resume: Path | None
@@ -44,6 +45,7 @@ class Origin:
     source: WeightSource | None
     new_parameters: tuple[str, ...]
     run_id: str
+    weights: Mapping[str, Any] | None
 
 
 def find_origin(config: RunConfig, data: RunData, mesh: Mesh) -> Origin:
@@ -57,18 +59,41 @@ def find_origin(config: RunConfig, data: RunData, mesh: Mesh) -> Origin:
     if resume is not None:
         manifest = read_manifest(resume)
         new_parameters = tuple(manifest["new_parameters"])
-        return Origin(resume, manifest, None, new_parameters, str(manifest["wandb_run_id"]))
+        weights = manifest.get("weights")
+        if mesh.is_main and weights is not None:
+            warn_if_replaced(config.init.checkpoint, weights)
+        return Origin(
+            resume, manifest, None, new_parameters, str(manifest["wandb_run_id"]), weights
+        )
     run_id = mesh.broadcast(new_run_id())
     if config.init.checkpoint is None:
-        return Origin(None, {}, None, (), run_id)
-    source = open_weights(config.init.checkpoint)
+        return Origin(None, {}, None, (), run_id, None)
+    source = open_weights(config.init.checkpoint, mesh=mesh)
     check_same_tokenizer(source.path, source.tokenizer_sha256, data.tokenizer.sha256)
     layouts = parameter_layouts(config.model)
     shapes = {name: layout.global_shape for name, layout in layouts.items()}
     report = match_weights(shapes, source, config.init)
     warn_of_differences(config.model, source)
     kept = tuple(name for name in source.new_parameters if name in shapes)
-    return Origin(None, {}, source, (*kept, *report.new), run_id)
+    new_parameters = (*kept, *report.new)
+    return Origin(None, {}, source, new_parameters, run_id, source.identity())
+
+
+def warn_if_replaced(checkpoint: str | None, weights: Mapping[str, Any]) -> None:
+    """Say so when `init.checkpoint` no longer holds the weights that the run began with."""
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        return
+    try:
+        found = open_weights(checkpoint, check_files=False).fingerprint
+    except (ValueError, OSError, CheckpointError) as error:
+        logger.warning("init.checkpoint (%s) cannot be compared: %s", checkpoint, error)
+        return
+    if found != weights["fingerprint"]:
+        logger.warning(
+            "init.checkpoint (%s, fingerprint %s) has other weights than those that this run_dir "
+            "began with (%s); the run goes on from its own. For the new ones choose a new run_dir.",
+            checkpoint, found[:12], str(weights["fingerprint"])[:12],
+        )  # fmt: skip
 
 
 def restore(

@@ -20,7 +20,7 @@ from training.heldout import HeldOut
 from training.loop import Loop
 from training.origin import find_origin, restore
 from training.resolved_config import check_unchanged
-from training.run_folder import CONFIG, open_folder
+from training.run_folder import CONFIG, held, open_folder
 from training.stage_data import open_data
 from training.stages import build_plan, check_rows
 from training.step import Stepper
@@ -28,11 +28,11 @@ from training.step import Stepper
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig) -> bool:
     """Train through the stages of `config`, resuming from the newest checkpoint of its `run_dir`.
 
-    Works alone and under torchrun; collective. Returns when all steps are done, or when a rank was
-    asked to stop (SIGTERM, SIGUSR1), in both cases after saving.
+    Works alone and under torchrun; collective. Returns True when all steps are done, and False when
+    a rank was asked to stop (SIGTERM, SIGUSR1) or lost its launcher; in both cases after saving.
 
     Raises:
         ValueError: config, data or weights that do not fit together, before anything is loaded.
@@ -41,13 +41,14 @@ def run(config: RunConfig) -> None:
     """
     plan = build_plan(config)
     backend = detect(config.backend)
-    with joined(backend, config) as mesh:
+    run_dir = Path(config.run_dir)
+    with joined(backend, config) as mesh, held(run_dir, mesh):
         check_rows(plan, dp_size=mesh.dp_size, microbatch_rows=config.training.microbatch_rows)
         describe(config, backend, mesh)
-        data = open_data(plan, config)
+        data = open_data(plan, config, mesh)
         origin = find_origin(config, data, mesh)
         if origin.resume is not None:
-            check_unchanged(Path(config.run_dir) / CONFIG, config)
+            check_unchanged(run_dir / CONFIG, config)
         engine = build_engine(config, backend, mesh, origin)
         state = restore(engine, origin, config, plan, data, mesh)
         stepper = Stepper(
@@ -64,6 +65,7 @@ def run(config: RunConfig) -> None:
             loop = Loop(mesh, plan, data, stepper, checkpoints, sinks, held_out)
             state = loop.fit(state)
         logger.info("step %d of %d, %d tokens", state.step, plan.total_steps, state.tokens)
+        return state.step >= plan.total_steps
 
 
 @contextmanager

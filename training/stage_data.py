@@ -13,8 +13,9 @@ from pathlib import Path
 from data.config import DataConfig
 from data.loader import Batch, StageData
 from data.prepare_corpus import ensure_prepared
-from data.prepared import Manifest, open_tokenizer, read_manifest
+from data.prepared import Manifest, check_contents, open_tokenizer, read_manifest
 from data.tokenizer import Tokenizer
+from parallel.mesh import Mesh
 from training.config import RunConfig
 from training.stages import Stage, StagePlan
 
@@ -48,11 +49,12 @@ class RunData:
         return {name: data.fingerprint for name, data in self.stages.items()}
 
 
-def open_data(plan: StagePlan, config: RunConfig) -> RunData:
-    """Prepare what is prepared on first use, check every folder, open every stage.
+def open_data(plan: StagePlan, config: RunConfig, mesh: Mesh) -> RunData:
+    """Prepare what is prepared on first use, check every folder, open every stage. Collective.
 
     Raises:
-        ValueError: a missing folder, a vocabulary larger than the model's, two tokenizers.
+        ValueError: a missing or damaged folder, a vocabulary larger than the model's, two
+            tokenizers.
     """
     sources: dict[str, dict[Path, float]] = {}
     for stage in plan.stages:
@@ -63,6 +65,12 @@ def open_data(plan: StagePlan, config: RunConfig) -> RunData:
     _check_one_tokenizer(manifests)
     for path, manifest in manifests.items():
         check_vocabulary(path, manifest.vocab_size, config.model.vocab_size)
+
+    def check() -> None:
+        for path, manifest in manifests.items() if mesh.is_main else ():
+            check_contents(path, manifest)
+
+    mesh.agree("checking the prepared data", check)
     return RunData(
         sources={name: tuple(paths) for name, paths in sources.items()},
         stages={

@@ -94,6 +94,7 @@ class Stepper:
             ) from error
         tokens = stage.config.global_batch_tokens
         after = state.advance(sample_ids=work.sample_ids, tokens=tokens)
+        statistics = self._spike_statistics(recorder)
         seconds = self.clock() - work.started
         return after, {
             "step": after.step,
@@ -104,7 +105,7 @@ class Stepper:
             **self.throughput.row(tokens, seconds, work.agreement.visible),
             "memory_bytes": self.memory_bytes(),
             "sample_hash": after.sample_hash,
-            **self._spike_statistics(recorder),
+            **statistics,
             "stage": stage.name,
         }
 

@@ -7,6 +7,7 @@ through one `WeightSource`; moves weights only, never optimizer state.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,16 @@ from data.tokenizer import load_tokenizer
 from models.config import ModelConfig
 from models.conversion.convert import plan_conversion
 from models.conversion.huggingface import SafetensorsFolder
-from models.conversion.source_config import read_config
+from models.conversion.source_config import read_config, read_format
 from parallel import checkpoint
 from parallel.boxes import Box
+from parallel.mesh import Mesh
 from training.config import InitConfig
 
 logger = logging.getLogger(__name__)
 
 MODEL = "model/"
+DATA = ".distcp"
 IGNORED_DIFFERENCES = ("max_position_embeddings", "bos_token_id", "eos_token_id")
 
 
@@ -38,10 +41,13 @@ class WeightSource:
 
     `manifest` is a Synfire checkpoint's, None for a Hugging Face folder. `tokenizer_folder` and
     `tokenizer_sha256` are None when no tokenizer lies beside the weights. `new_parameters` are the
-    names that conversion added.
+    names that conversion added. `fingerprint` changes with the weights; `format` is the base's, as
+    far as anyone wrote it down.
     """
 
     path: Path
+    fingerprint: str
+    format: str | None
     model: ModelConfig
     manifest: Mapping[str, Any] | None
     shapes: Mapping[str, tuple[int, ...]]
@@ -49,6 +55,10 @@ class WeightSource:
     tokenizer_sha256: str | None
     new_parameters: tuple[str, ...]
     read: Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
+
+    def identity(self) -> dict[str, Any]:
+        """What a run notes about the weights that it began with."""
+        return {"path": str(self.path), "fingerprint": self.fingerprint, "format": self.format}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +77,19 @@ class WeightReport:
         return ", ".join(parts)
 
 
-def open_weights(path: str | Path) -> WeightSource:
+def open_weights(
+    path: str | Path, *, mesh: Mesh | None = None, check_files: bool = True
+) -> WeightSource:
     """Look at a run folder, a checkpoint or a Hugging Face folder without loading weights.
+
+    Args:
+        path: the folder; of a run, its newest complete checkpoint is taken.
+        mesh: ranks that open it together, take the same checkpoint and share its hashing out.
+        check_files: compare a Synfire checkpoint with its hashes. A Hugging Face folder has none.
 
     Raises:
         ValueError: nothing of the three, or a run folder without a complete checkpoint.
+        CheckpointError: a damaged checkpoint.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -81,7 +99,7 @@ def open_weights(path: str | Path) -> WeightSource:
         )
     checkpoints = checkpoint.step_directory(folder, 0).parent
     if checkpoints.is_dir():
-        newest = checkpoint.newest_complete(folder)
+        newest = checkpoint.newest_complete(folder, mesh=mesh, check_files=check_files)
         if newest is None:
             raise ValueError(
                 f"checkpoint ({folder}) must hold a complete checkpoint: got none under "
@@ -89,6 +107,8 @@ def open_weights(path: str | Path) -> WeightSource:
             )
         return _synfire(newest)
     if (folder / "manifest.json").is_file():
+        if check_files:
+            checkpoint.verify(folder, mesh=mesh)
         return _synfire(folder)
     if (folder / "config.json").is_file():
         return _hugging_face(folder)
@@ -204,10 +224,18 @@ def _synfire(folder: Path) -> WeightSource:
         for name, tensor in checkpoint.read_tensors(folder, wanted):
             yield name.removeprefix(MODEL), tensor
 
+    # Conversion copies tokenizer files that nobody can load too; the manifest names the loadable.
     tokenizer = manifest.get("tokenizer")
     tokenizer_folder = folder / "tokenizer"
+    hashes = [
+        fact["sha256"] for name, fact in sorted(manifest["files"].items()) if name.endswith(DATA)
+    ]
+    # Conversion notes its source, training what it began with.
+    base = manifest.get("source") or manifest.get("weights") or {}
     return WeightSource(
         path=folder,
+        fingerprint=hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        format=base.get("format"),
         model=TypeAdapter(ModelConfig).validate_python(manifest["model"]),
         manifest=manifest,
         shapes=shapes,
@@ -234,6 +262,8 @@ def _hugging_face(folder: Path) -> WeightSource:
         tokenizer = None
     return WeightSource(
         path=folder,
+        fingerprint=source.fingerprint(),
+        format=read_format(source.config).value,
         model=model,
         manifest=None,
         shapes={name: tensor.shape for name, tensor in planned.items()},

@@ -58,7 +58,8 @@ def export_folder(  # noqa: PLR0913 - everything a folder consists of
     dtype = Counter(entry.dtype for entry in named).most_common(1)[0][0]
     keys = write_config(config, format, dtype=dtype, spiking=spiking)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    _restore(out)
+    partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -91,12 +92,38 @@ def refuse_occupied(out: Path) -> None:
 
 
 def _replace(out: Path, partial: Path) -> None:
-    """Give the finished folder its name; an older export goes after it."""
-    replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    """Give the finished folder its name once it is on the disk; an older export goes after it."""
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
+    replaced = _replaced(out)
+    shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
         out.rename(replaced)
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    except OSError:
+        _restore(out)
+        raise
+    _sync(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _restore(out: Path) -> None:
+    """Give an older export its name back when its replacement did not come to that."""
+    if _replaced(out).is_dir() and not out.exists():
+        _replaced(out).rename(out)
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _rename(

@@ -6,6 +6,7 @@ maps files (no anonymous memory); writing holds one tensor at a time whatever th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,6 +28,9 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+
+SAMPLED = 512
+"""Elements at either end of a tensor that a fingerprint reads."""
 
 DTYPE_NAMES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -97,6 +101,20 @@ class SafetensorsFolder:
         tensor = self._handles[self._file_of[name]].get_tensor(name)
         assert isinstance(tensor, Tensor)
         return tensor
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and both ends of every tensor: changes with any training.
+
+        Reads kilobytes a tensor, so it costs nothing beside loading; it is no proof against a
+        damaged middle.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.names()):
+            flat = self.load(name).reshape(-1)
+            digest.update(f"{name} {self.shape(name)} {flat.dtype}".encode())
+            for part in (flat[:SAMPLED], flat[-SAMPLED:]):
+                digest.update(part.clone().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def _slice(self, name: str) -> Any:
         return self._handles[self._file_of[name]].get_slice(name)

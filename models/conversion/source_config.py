@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import LinearAttentionConfig, ModelConfig, RopeConfig, RopeType
+from models.config import SCALING_KEYS, LinearAttentionConfig, ModelConfig, RopeConfig, RopeType
 from models.conversion.config_keys import NOTE_KEY, ConfigKeys, Format
 from models.layer_pattern import compress
 
@@ -31,17 +31,6 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
 }
 """Keys whose other values would change what is computed."""
 
-_SCALED_ROPE_KEYS: dict[RopeType, tuple[str, ...]] = {
-    RopeType.default: (),
-    RopeType.linear: ("factor",),
-    RopeType.llama3: (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    ),
-    RopeType.yarn: (
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-        "mscale", "mscale_all_dim", "truncate",
-    ),
-}  # fmt: skip
 _REQUIRED_ROPE_KEYS = {
     RopeType.linear: ("factor",),
     RopeType.llama3: ("factor", "low_freq_factor", "high_freq_factor"),
@@ -218,7 +207,7 @@ def _rope(keys: ConfigKeys) -> RopeConfig:
     if keys.format is Format.gla_swa and kind is not RopeType.default:
         keys.refuse(name, "must be absent in this format")
     inner.only("partial_rotary_factor", (1, None))
-    values = {key: inner.take(key) for key in _SCALED_ROPE_KEYS[kind]}
+    values = {key: inner.take(key) for key in SCALING_KEYS[kind]}
     _complete_rope(kind, values, keys, name)
     theta = float(inner.take("rope_theta", theta))
     inner.refuse_the_rest()

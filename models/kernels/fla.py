@@ -70,8 +70,11 @@ def linear_attention(  # noqa: PLR0913 - the signature every linear attention ke
         state = _at_first_documents(state, packed)
     out, final = _run(operands, scale, state, output_final_state, packed)
     if final is not None:
-        # The R query heads of a group hold equal states: the first one stands for all.
-        final = (final if packed is None else final[_last_documents(packed)])[:, ::group]
+        # The R query heads of a group hold equal states: the first one stands for all, in memory of
+        # its own, so that the others can go.
+        final = (final if packed is None else final[_last_documents(packed)])[
+            :, ::group
+        ].contiguous()
     return out.view(rows, tokens, heads, v.shape[3]), final
 
 

@@ -7,7 +7,7 @@ Shape letters: B rows, Tq queries, Tk keys, N query heads, G key-value heads, H 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -68,24 +68,31 @@ def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention 
     return attended.transpose(1, 2)
 
 
+# Batches in flight (pipelined or recomputed) times kinds of mask. A kept mask holds its ids, so
+# their address stays theirs.
+_KEPT_MASKS = 16
+
+
 @cache
 def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The attention and the mask builder, compiled: eager, both would hold a Tq x Tk matrix."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
+    # fullgraph: past torch's limit of recompilations this raises, where the default would go on
+    # with the eager forms.
+    return (
+        torch.compile(flex_attention, fullgraph=True),
+        torch.compile(create_block_mask, fullgraph=True),
+    )
 
 
-@cache
+@lru_cache(maxsize=_KEPT_MASKS)
 def _shared_mask(key: _MaskKey) -> Any:
     """Mask of rows that are one document each; it depends on sizes only."""
     return _build(key, None)
 
 
 _recent: dict[tuple[int, _MaskKey], Any] = {}
-# Batches in flight (pipelined or recomputed) times kinds of mask. A kept mask holds its ids, so
-# their address stays theirs.
-_KEPT_MASKS = 16
 
 
 def _document_mask(key: _MaskKey, document_ids: Tensor) -> Any:

@@ -15,9 +15,10 @@ from launch.compose import (
     flat_keys,
     help_text,
     load_config,
-    quote_patterns,
+    quote_values,
     schema_tree,
 )
+from launch.generate import GenerateConfig
 from models.config import NeuronKind
 from parallel.config import Precision
 from training.config import RunConfig
@@ -70,6 +71,21 @@ def test_overrides_reach_typed_values_and_keys_absent_from_yaml() -> None:
         ("model.ffns=d*3", ["ffns (d*3", "3 layers", "4"]),
         ("model.window_tokens=null", ["window_tokens (None)", "S layers"]),
         ("spiking.k=0", ["k (0", "above 0"]),
+        ("spiking.statistics_tokens=0", ["statistics_tokens (0)", "at least 1"]),
+        ("parallel.schedule=gpipe", ["parallel.schedule (gpipe)", "not in this release"]),
+        ("optimizer.clip_norm=-1", ["optimizer.clip_norm (-1", "above 0", "null"]),
+        ("optimizer.clip_norm=nan", ["optimizer.clip_norm (nan)", "above 0"]),
+        ("optimizer.beta2=1", ["optimizer.beta2 (1", "below 1"]),
+        ("optimizer.eps=0", ["optimizer.eps (0", "above 0"]),
+        ("optimizer.weight_decay=-0.1", ["optimizer.weight_decay (-0.1)", "at least 0"]),
+        ("optimizer.new_parameter_lr_factor=-2", ["new_parameter_lr_factor (-2", "at least 0"]),
+        ("stages.main.lr=-1e-3", ["lr (-0.001)", "at least 0"]),
+        ("data.prefetch_steps=-1", ["data.prefetch_steps (-1)", "at least 0"]),
+        ("checkpoint.keep_last=0", ["checkpoint.keep_last (0)", "at least 1"]),
+        ("evaluation.rows=0", ["evaluation.rows (0)", "at least 1"]),
+        ("logging.interval_steps=0", ["logging.interval_steps (0)", "at least 1"]),
+        ("training.max_steps=0", ["training.max_steps (0)", "at least 1"]),
+        ("training.recompute_every=2", ["training.recompute_every (2)", "every_n"]),
         ("'a b'", []),
     ],
 )
@@ -133,11 +149,26 @@ def test_patterns_need_no_quotes_of_their_own(typed_in: str, mixers: str) -> Non
 
 
 def test_a_comma_separates_the_patterns_of_a_sweep() -> None:
-    assert quote_patterns(["model.mixers=[L S]*2,F*4", "mixers=null", "lr=1,2"]) == [
+    assert quote_values(["model.mixers=[L S]*2,F*4", "mixers=null", "lr=1,2"]) == [
         "model.mixers='[L S]*2','F*4'",
         "mixers=null",
         "lr=1,2",
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Hello, world", "def read(path):", "it's", "it\\'s", "ends with \\", "[x] = {'a': 1}, ${b}",
+     "two\nlines", "  spaces  ", "a=b"],
+)  # fmt: skip
+def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
+    config = load_config("generate", GenerateConfig, ["checkpoint=x", f"prompt={text}"])
+    assert config.prompt == text
+
+
+def test_a_quoted_prompt_loses_its_quotes_only() -> None:
+    config = load_config("generate", GenerateConfig, ["checkpoint=x", "prompt='def f(x):'"])
+    assert config.prompt == "def f(x):"
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -153,6 +184,10 @@ def test_exit_status_and_streams_of_a_real_process(tmp_path: Path) -> None:
     assert wrong.stderr.startswith("error: parallel.shrad is not a known key")
     assert "Traceback" not in wrong.stderr
     assert not (tmp_path / "never").exists()
+    swept = launch("--multirun", "training.precision=fp8,fp32", f"run_dir={tmp_path / 'never'}")
+    assert swept.returncode == 2
+    assert "error: training.precision (fp8) must be one of" in swept.stderr
+    assert "Traceback" not in swept.stderr
     shown = launch("--cfg", "job", "experiment=smoke_fp32")
     assert shown.returncode == 0
     assert "precision: fp32" in shown.stdout

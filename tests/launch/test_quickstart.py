@@ -10,17 +10,9 @@ from typing import Any
 import pytest
 
 from launch.compose import compose_mapping, load_config
-from launch.quickstart import (
-    VARIANTS,
-    Part,
-    QuickstartConfig,
-    Size,
-    _Progress,
-    _run,
-    plan_parts,
-    verdict,
-    write_summary,
-)
+from launch.quickstart import _Progress, _run, verdict, write_summary
+from launch.quickstart_plan import VARIANTS, Part, QuickstartConfig, Size, plan_parts
+from launch.quickstart_record import Record, code_stamp
 from parallel.backend.cpu import CpuBackend
 from parallel.config import BackendName
 from training.config import RunConfig
@@ -136,14 +128,14 @@ def test_the_summary_takes_each_variant_from_its_own_evaluation(tmp_path: Path) 
         rows.append({"tokens": 100 + index, "tokens_per_second": 3.0})
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / name / "metrics.jsonl").write_text(text)
-    summary = write_summary(tmp_path, {"prepare": 1.0, "total": 2.0})
+    summary = write_summary(tmp_path, {"prepare": 1.0, "base": 2.25})
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["perplexity"].items())[2] == ("scratch", 12.0)
     assert summary["perplexity_beyond_window"]["spiked"] == 25.0
     assert summary["sparsity"] == {"mean_count": 5.0}
     assert summary["tokens_per_second"] == 3.0
     assert summary["tokens"] == {"base": 100, "control": 101, "continue": 102, "scratch": 103}
-    assert summary["seconds"] == {"prepare": 1.0, "total": 2.0}
+    assert summary["seconds"] == {"prepare": 1.0, "base": 2.25, "total": 3.2}
 
 
 def test_a_failing_part_shows_the_end_of_its_log(tmp_path: Path) -> None:
@@ -161,3 +153,84 @@ def test_the_progress_line_counts_parts_by_their_share_of_the_time() -> None:
     line = progress.line(1, "train", 0.5)
     assert line.startswith("[2/2] train")
     assert " 50 % " in line
+
+
+def test_a_skipped_part_costs_no_time_in_the_progress_line() -> None:
+    progress = _Progress([100.0, 300.0])
+    progress.skip(0)
+    assert "about 5m00s left" in progress.line(1, "train", 0.0)
+
+
+def two_parts(out: Path, *, first: str = "a=1") -> list[Part]:
+    return [
+        Part("data", "prepare", (first,), 1.0, out / "data"),
+        Part("base", "train", ("b=1",), 1.0, out / "base"),
+    ]
+
+
+def make(out: Path, parts: list[Part], *, code: str = "code", upto: int = 2) -> list[str]:
+    """Run the parts that must, each leaving its name behind; returns their names."""
+    record = Record.open(out, code, parts)
+    ran = []
+    for part in parts[:upto]:
+        assert part.output is not None
+        if record.begin(part):
+            part.output.mkdir(exist_ok=True)
+            (part.output / "trace").open("a").write("x")
+            record.complete(part, 2.0)
+            ran.append(part.name)
+        assert record.seconds(part) == 2.0
+    return ran
+
+
+def test_complete_parts_are_reused_and_an_interrupted_one_is_resumed(tmp_path: Path) -> None:
+    assert make(tmp_path, two_parts(tmp_path)) == ["data", "base"]
+    assert make(tmp_path, two_parts(tmp_path)) == []
+    record = Record.open(tmp_path / "new", "code", two_parts(tmp_path / "new"))
+    (tmp_path / "new" / "data").mkdir(parents=True)
+    record.begin(two_parts(tmp_path / "new")[0])
+    (tmp_path / "new" / "data" / "half").touch()
+    assert make(tmp_path / "new", two_parts(tmp_path / "new")) == ["data", "base"]
+    assert (tmp_path / "new" / "data" / "half").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "ran"),
+    [({"first": "a=2"}, ["data", "base"]), ({"code": "other"}, ["data", "base"])],
+)
+def test_what_was_made_from_something_else_is_made_anew(
+    tmp_path: Path, change: dict[str, str], ran: list[str]
+) -> None:
+    make(tmp_path, two_parts(tmp_path))
+    code = change.pop("code", "code")
+    assert make(tmp_path, two_parts(tmp_path, **change), code=code) == ran
+    assert (tmp_path / "base" / "trace").read_text() == "x"
+
+
+def test_a_removed_output_is_made_again(tmp_path: Path) -> None:
+    make(tmp_path, two_parts(tmp_path))
+    (tmp_path / "base" / "trace").unlink()
+    (tmp_path / "base").rmdir()
+    assert make(tmp_path, two_parts(tmp_path)) == ["base"]
+
+
+def test_a_folder_that_nobody_recorded_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match=r"must be new or hold parts.json: got data"):
+        make(tmp_path, two_parts(tmp_path))
+    assert (tmp_path / "data").is_dir()
+
+
+def test_the_code_stamp_sees_every_source_and_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("conf", "models"):
+        (tmp_path / package).mkdir()
+    monkeypatch.setattr("launch.quickstart_record.CONF", tmp_path / "conf")
+    stamps = [code_stamp()]
+    for name in ("conf/a.yaml", "models/b.py"):
+        (tmp_path / name).write_text("1")
+        stamps.append(code_stamp())
+    (tmp_path / "models" / "notes.txt").write_text("1")
+    assert code_stamp() == stamps[-1]
+    assert len(set(stamps)) == 3

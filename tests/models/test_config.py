@@ -34,6 +34,10 @@ def test_an_impossible_model_is_refused_with_the_reason(
     [
         ({"k": 0.0}, "must be above 0"),
         ({"k_start": -1.0}, r"k_start \(-1.0\) must be above 0"),
+        ({"k_start": 6.0}, r"k_start \(6.0\) must come with anneal_steps"),
+        ({"k": float("nan")}, "must be above 0"),
+        ({"start_step": -1}, r"start_step \(-1\) must be at least 0"),
+        ({"statistics_tokens": 0}, r"statistics_tokens \(0\) must be at least 1"),
         ({"max_count": 0}, r"max_count \(0\) must be at least 1"),
     ],
 )

@@ -8,7 +8,15 @@ import signal
 import threading
 from pathlib import Path
 
-from training.health import STOP_SIGNALS, StopRequest, diverged, write_status
+import pytest
+
+from training.health import (
+    LAUNCHER_VARIABLE,
+    STOP_SIGNALS,
+    StopRequest,
+    diverged,
+    write_status,
+)
 
 
 def test_a_diverged_step_names_step_stage_and_samples() -> None:
@@ -47,6 +55,19 @@ def test_outside_the_main_thread_nothing_is_installed() -> None:
     thread.start()
     thread.join()
     assert seen == [(None, before)]
+
+
+def test_a_lost_launcher_is_a_reason_to_stop_under_torchrun_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(LAUNCHER_VARIABLE, raising=False)
+    alone = StopRequest()
+    monkeypatch.setenv(LAUNCHER_VARIABLE, "job")
+    launched = StopRequest()
+    assert launched.reason is None
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert launched.reason == "the end of its launcher"
+    assert alone.reason is None
 
 
 def test_a_status_file_is_written_whole(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -54,23 +55,28 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert_same_run(tmp_path / "run", expected)
 
 
-def test_the_real_command_survives_kill_9_and_leaves_with_0_after_sigterm(
+def start_real(
+    data: Path, run_dir: Path, *more: str, torchrun: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """`python -m launch.train` with a step a line on standard error, or the same under torchrun."""
+    command = [
+        sys.executable, *torchrun, "-m", "launch.train", "experiment=smoke_fp32",
+        f"data.path={data}", f"run_dir={run_dir}", "model.vocab_size=300", "model.hidden_size=32",
+        "model.head_dim=4", "model.intermediate_size=32", "checkpoint.interval_steps=2",
+        "stages.main.global_batch_tokens=1024", "logging=disabled", "logging.interval_steps=1",
+        *more,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
+
+
+def test_the_real_command_survives_kill_9_and_says_that_it_was_stopped(
     data: Path, tmp_path: Path
 ) -> None:
     """`python -m launch.train`, killed when it reports its third step, then asked to stop."""
-    command = [
-        sys.executable, "-m", "launch.train", "experiment=smoke_fp32", f"data.path={data}",
-        "model.vocab_size=300", "model.hidden_size=32", "model.head_dim=4",
-        "model.intermediate_size=32", "training.max_steps=5", "checkpoint.interval_steps=2",
-        "stages.main.global_batch_tokens=1024", "logging=disabled", "logging.interval_steps=1",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(run_dir: Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*command, f"run_dir={run_dir}"], cwd=ROOT, env=environment, text=True,
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
+        return start_real(data, run_dir, "training.max_steps=5")
 
     whole = start(tmp_path / "whole")
     victim = start(tmp_path / "cut")
@@ -88,8 +94,8 @@ def test_the_real_command_survives_kill_9_and_leaves_with_0_after_sigterm(
             stopped.send_signal(signal.SIGTERM)
             break
     _, log = stopped.communicate()
-    assert stopped.returncode == 0, log
-    assert (tmp_path / "cut" / "stopped.json").exists() or "step 5/5" in log
+    assert stopped.returncode == 75, log
+    assert (tmp_path / "cut" / "stopped.json").exists()
     resumed = start(tmp_path / "cut")
     _, log = resumed.communicate()
     assert resumed.returncode == 0, log
@@ -97,3 +103,26 @@ def test_the_real_command_survives_kill_9_and_leaves_with_0_after_sigterm(
     _, log = whole.communicate()
     assert whole.returncode == 0, log
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_ranks_whose_launcher_was_killed_stop_and_leave_the_folder_to_the_next_job(
+    data: Path, tmp_path: Path
+) -> None:
+    """torchrun's workers survive it; two jobs in one folder would write every row twice."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    orphaned = start_real(data, tmp_path / "run", "training.max_steps=100000", torchrun=torchrun)
+    assert orphaned.stderr is not None
+    for line in orphaned.stderr:
+        if "step 3/100000" in line:
+            orphaned.kill()
+            break
+    log = orphaned.stderr.read()  # to its end: every rank has left
+    assert orphaned.wait() == -signal.SIGKILL
+    status = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert status["reason"] == "the end of its launcher"
+    assert f"stopped by the end of its launcher after step {status['step']}" in log
+    last = status["step"] + 2
+    resumed = start_real(data, tmp_path / "run", f"training.max_steps={last}", torchrun=torchrun)
+    _, log = resumed.communicate()
+    assert resumed.returncode == 0, log
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, last + 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import torch
 
 from models.initialisation import tensor_for
 from models.layouts import parameter_layouts
+from parallel.backend.cpu import CpuBackend
 from parallel.checkpoint import CheckpointError, step_directory
+from parallel.mesh import RankError
+from tests.support.distributed import run_ranks
 from tests.training.tiny_run import (
     assert_same_run,
     manifest_of,
@@ -23,10 +27,12 @@ from tests.training.tiny_run import (
     saved_tensors,
     tiny_run,
 )
+from training import run_folder
+from training.config import RunConfig
 from training.health import TrainingDivergedError
 from training.metrics import read_rows
 from training.resolved_config import plain, read_config
-from training.run import run
+from training.run import joined, run
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +300,87 @@ def test_only_damaged_checkpoints_are_an_error(data: Path, tmp_path: Path, finis
         victim.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"must hold an undamaged checkpoint: all 2"):
         run(tiny_run(data, tmp_path / "run"))
+
+
+def hold_and_try(rank: int, world_size: int, config: RunConfig) -> str:
+    """Hold the folder on all ranks, then let a second job of this process ask for it."""
+    run_dir = Path(config.run_dir)
+    run_folder.LOCK_WAIT_SECONDS = 0.0
+    with joined(CpuBackend(), config) as mesh, run_folder.held(run_dir, mesh):
+        try:
+            with run_folder.held(run_dir, mesh):
+                return "held twice"
+        except (ValueError, RankError) as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_two_jobs_never_share_a_run_folder(data: Path, tmp_path: Path, size: int) -> None:
+    config = tiny_run(data, tmp_path / "run")
+    messages = run_ranks(hold_and_try, size, config, tmp_path=tmp_path)
+    for message in messages:
+        assert re.search(r"run_dir \(.*run\) must belong to one job: process \d+ on", message)
+    run(config)  # a lock ends with its process
+
+
+def test_a_checkpoint_beyond_the_step_that_a_run_goes_on_from_is_kept_aside(
+    finished: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    flip(step_directory(tmp_path / "run", 6) / "__0_0.distcp")
+    changes = {"training": {"max_steps": 5}, "checkpoint": {"keep_last": 1}}
+    run(tiny_run(data, tmp_path / "run", evaluation={"interval_steps": 3, "rows": 3}, **changes))
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step_00000005", "damaged_step_00000006"}
+    assert "is beyond step 4" in caplog.text
+    assert (tmp_path / "run" / "checkpoints" / "damaged_step_00000006" / "manifest.json").is_file()
+
+
+def test_a_run_says_when_the_weights_it_began_with_were_replaced(
+    finished: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(step_directory(finished, 6), source)
+
+    def go(max_steps: int) -> None:
+        caplog.clear()
+        training = {"max_steps": max_steps}
+        run(tiny_run(data, tmp_path / "run", init={"checkpoint": str(source)}, training=training))
+
+    go(1)
+    began_with = manifest_of(tmp_path / "run")["weights"]
+    assert began_with["path"] == str(source)
+    go(2)
+    assert "has other weights than" not in caplog.text
+    shutil.rmtree(source)
+    shutil.copytree(step_directory(finished, 4), source)
+    go(3)
+    assert "has other weights than those that this run_dir began with" in caplog.text
+    shutil.rmtree(source)
+    go(4)
+    assert "has other weights than" not in caplog.text
+    assert manifest_of(tmp_path / "run")["weights"] == began_with
+
+
+def test_a_damaged_checkpoint_is_no_start(finished: Path, data: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(step_directory(finished, 6), source)
+    flip(source / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp has other contents"):
+        run(tiny_run(data, tmp_path / "run", init={"checkpoint": str(source)}))
+
+
+def test_prepared_data_that_changed_on_the_disk_is_refused(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    config = tiny_run(tmp_path / "data", tmp_path / "run", training={"max_steps": 1})
+    run(config)
+    flip(tmp_path / "data" / "train.bin")
+    with pytest.raises(ValueError, match=r"train\.bin .*must have the manifest's hash"):
+        run(config)
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))

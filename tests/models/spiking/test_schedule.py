@@ -31,12 +31,6 @@ def test_k_moves_linearly_and_then_stays() -> None:
     assert ks == pytest.approx([8, 7, 6, 5, 4, 3, 3, 3], rel=1e-12)
 
 
-def test_k_start_without_anneal_steps_is_k_at_once() -> None:
-    spikes = spikes_at(config(k=3.0, k_start=8.0), 0)
-    assert spikes is not None
-    assert spikes.k == 3.0
-
-
 def test_blend_is_never_zero_and_whole_on_the_last_blend_step() -> None:
     blended = config(start_step=1, blend_steps=4)
     blends = [spikes.blend for step in range(7) if (spikes := spikes_at(blended, step))]

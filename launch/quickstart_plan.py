@@ -1,0 +1,146 @@
+"""The quickstart as a list of commands: what it is given and what each part runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from parallel.backend.detect import detect
+from parallel.config import BackendName
+from training.config import STRICT
+
+
+class Size(Enum):
+    """`full` is the real thing; `ci` only shows that every part runs."""
+
+    full = "full"
+    ci = "ci"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuickstartConfig:
+    """Where it goes, how long it trains, on what.
+
+    `out` null: a folder of its own for each size. `num_processes` null: two, or one where there is
+    one device.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    size: Size = Size.full
+    out: str | None = None
+    num_processes: int | None = None
+    backend: BackendName = BackendName.auto
+
+    def __post_init__(self) -> None:
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(f"num_processes ({self.num_processes}) must be at least 1, or null.")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        own = {Size.full: "outputs/quickstart", Size.ci: "outputs/quickstart_ci"}
+        return Path(self.out or own[self.size])
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One command and what it writes; `weight` is its share of the time, from a measured run."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    weight: float
+    output: Path | None = None
+    num_processes: int = 1
+
+    def argv(self) -> list[str]:
+        """The command line."""
+        python = [sys.executable]
+        if self.num_processes > 1:
+            python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                       str(self.num_processes)]  # fmt: skip
+        return [*python, "-m", f"launch.{self.module}", *self.arguments]
+
+
+VARIANTS = ("base", "control", "scratch", "converted", "continued", "spiked")
+WINDOW_TOKENS = 64
+
+
+def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
+    """Every command of the quickstart, in order."""
+    ci = config.size is Size.ci
+    data = f"data.path={out / 'data'}"
+    steps = ("training.max_steps=8", "checkpoint.interval_steps=8") if ci else ()
+    ranks = config.num_processes or min(2, detect(config.backend).num_devices())
+    backend = f"backend={config.backend.value}"
+    text = ("max_bytes=1000000",) if ci else ()
+    prepared = out / "data"
+    arguments = (f"out={prepared}", "vocab_size=2048", *text)
+    yield Part("prepare", "prepare", arguments, 12, prepared)
+
+    def train(name: str, experiment: str, weight: float, *more: str) -> Part:
+        arguments = (
+            f"experiment={experiment}",
+            f"run_dir={out / name}",
+            data,
+            backend,
+            *steps,
+            *more,
+        )
+        return Part(name, "train", arguments, weight, out / name, ranks)
+
+    yield train("base", "quickstart_base", 137)
+    base_hf = out / "base_hf"
+    yield Part(
+        "base_export", "export", (f"checkpoint={out / 'base'}", f"out={base_hf}"), 4, base_hf
+    )
+    yield Part(
+        "convert", "convert",
+        (f"source={out / 'base_hf'}", f"out={out / 'converted'}", "mixers=[L S]*2",
+         f"window_tokens={WINDOW_TOKENS}", f"text={out / 'data'}",
+         f"align.tokens={8192 if ci else 131072}"),
+        12, out / "converted",
+    )  # fmt: skip
+    yield train("control", "quickstart_control", 56, f"init.checkpoint={out / 'base_hf'}")
+    half = ("spiking.start_step=4",) if ci else ()
+    converted = f"init.checkpoint={out / 'converted'}"
+    yield train("continue", "quickstart_continue", 60, converted, *half)
+    yield train("scratch", "quickstart_scratch", 59, *half)
+    yield from _evaluations(out, backend, rows=4 if ci else 64)
+    exported = (f"checkpoint={out / 'continue'}", f"out={out / 'gla_swa'}", "format=gla_swa")
+    yield Part("export", "export", exported, 4, out / "gla_swa")
+    yield Part(
+        "generate", "generate",
+        (f"checkpoint={out / 'continue'}", "prompt='def read(path):'", "max_new_tokens=64",
+         backend),
+        3,
+    )  # fmt: skip
+    yield Part(
+        "report", "report",
+        (f"run_dir={out / 'continue'}", f"out={out / 'report.html'}",
+         f"summary={out / 'summary.json'}", f"certificate={out / 'converted'}"), 5,
+        out / "report.html",
+    )  # fmt: skip
+
+
+def _evaluations(out: Path, backend: str, *, rows: int) -> Iterator[Part]:
+    """The same held-out rows through all six models."""
+    sources = {
+        "base": ("base_hf", "off"), "control": ("control", "off"), "scratch": ("scratch", "off"),
+        "converted": ("converted", "off"), "continued": ("continue", "off"),
+        "spiked": ("continue", "adaptive"),
+    }  # fmt: skip
+    for name in VARIANTS:
+        folder, spiking = sources[name]
+        result = out / "evaluations" / f"{name}.json"
+        arguments = (
+            f"checkpoint={out / folder}", f"data.path={out / 'data'}", f"rows={rows}",
+            "sequence_length=256", f"window_tokens={WINDOW_TOKENS}", f"spiking={spiking}",
+            f"out={result}", backend,
+        )  # fmt: skip
+        yield Part(f"evaluate_{name}", "evaluate", arguments, 3, result)
