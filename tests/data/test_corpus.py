@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import sysconfig
@@ -10,7 +11,7 @@ import datasets
 import pytest
 
 from data.corpus import Corpus, unit_hash
-from data.documents import Damage, Document
+from data.documents import Damage, Document, OnError
 
 
 def read(corpus: Corpus) -> list[Document]:
@@ -34,6 +35,34 @@ def test_a_folder_is_read_in_sorted_order_by_ending(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "empty.py" not in {file.name for file in Corpus(root=tmp_path).files()}
     assert Corpus(root=tmp_path).size_bytes() == sum(len(f"content of {n}\n") for n in names)
+
+
+def test_what_is_left_out_by_its_ending_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree(tmp_path, ["a.txt", "b.json", "c.json", "d.csv", "Makefile"])
+    with caplog.at_level(logging.INFO):
+        assert [d.name for d in read(Corpus(root=tmp_path))] == ["a.txt"]
+    assert "left out 4 files by their ending: .json 2" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(tmp_path, ["a.txt", "closed/b.txt"])
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    damage = Damage(quiet=True)
+    assert [d.name for d in Corpus(root=tmp_path).documents(damage)] == ["a.txt"]
+    assert damage.named == ["closed: Permission denied"]
+    with pytest.raises(ValueError, match="closed must be readable: Permission denied"):
+        list(Corpus(root=tmp_path).documents(Damage(OnError.fatal)))
 
 
 def test_rows_and_plain_files_may_lie_in_one_folder(tmp_path: Path) -> None:
@@ -87,7 +116,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_directory(
     before = [d.name for d in read(corpus)]
     walk = os.walk
 
-    def shuffled(root: Path):  # type: ignore[no-untyped-def]
+    def shuffled(root: Path, **options: object):  # type: ignore[no-untyped-def]
         for folder, folders, names in walk(root):
             random.Random(1).shuffle(folders)
             random.Random(2).shuffle(names)

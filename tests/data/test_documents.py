@@ -53,7 +53,7 @@ def test_a_line_above_the_limit_is_cut_between_characters(tmp_path: Path, limit:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"ok \xff\xfe", "not UTF-8"), (b"a\0b", "NUL bytes")],
+    [(b"ok \xff\xfe", "not UTF-8"), (b"a\0b", "a NUL at byte 1")],
     ids=["undecodable", "nul"],
 )
 def test_a_corrupt_file_names_itself_and_is_skipped_or_fatal(
@@ -67,6 +67,19 @@ def test_a_corrupt_file_names_itself_and_is_skipped_or_fatal(
     assert reason in damage.named[0]
     with pytest.raises(ValueError, match=f"name must be readable: .*{reason}.*on_error=skip"):
         text_of(tmp_path / "bad.txt", damage=Damage(OnError.fatal))
+
+
+def test_damage_late_in_a_large_file_says_where_and_what_was_kept(tmp_path: Path) -> None:
+    lines = [f"line {number:03d}\n".encode() for number in range(40)]
+    (tmp_path / "big.txt").write_bytes(b"".join(lines) + b"bad \xff\n" + b"".join(lines))
+    damage = Damage(quiet=True)
+    kept = text_of(tmp_path / "big.txt", limit=64, damage=damage)
+    assert len(kept) > 2
+    assert "".join(piece.text for piece in kept) == b"".join(lines).decode()[: 9 * 7 * len(kept)]
+    assert damage.named == [
+        f"name: not UTF-8 at byte {9 * 40 + 4} (invalid start byte); the {len(kept)} pieces before "
+        "are kept, the rest is lost"
+    ]
 
 
 def test_an_unreadable_file_is_damage(tmp_path: Path) -> None:

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
-from data.prepared import check_files, describe_files, open_tokenizer, read_manifest
-from data.tokenizer import load_tokenizer
+from data import prepared
+from data.prepared import (
+    check_contents,
+    check_files,
+    describe_files,
+    open_tokenizer,
+    read_manifest,
+)
+from data.tokenizer import file_sha256, load_tokenizer
 from data.tokenizer_training import train_sentencepiece
 from tests.data.prepared_folder import random_documents, write_folder
 
@@ -92,3 +100,46 @@ def test_every_file_is_described_but_the_manifest(folder: Path) -> None:
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert files["tokenizer/x"]["sha256"] == expected
     assert json.loads((folder / "manifest.json").read_text())["format_version"] == 1
+
+
+def flip(path: Path) -> None:
+    """Change one bit and nothing else that a listing shows but the time."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_contents_are_hashed_once_for_each_state_of_the_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(folder)
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(prepared, "file_sha256", counted)
+    check_contents(folder, manifest)
+    assert sorted(hashed) == sorted(Path(name).name for name in manifest.files)
+    check_contents(folder, manifest)
+    assert len(hashed) == len(manifest.files)
+    (folder / "train.bin").touch()
+    check_contents(folder, manifest)
+    assert len(hashed) == 2 * len(manifest.files)
+    flip(folder / "train.bin")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"train\.bin .*must have the manifest's hash"):
+            check_contents(folder, manifest)
+
+
+def test_a_folder_that_cannot_be_written_is_hashed_every_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: Path, text: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with caplog.at_level(logging.INFO):
+        check_contents(folder, read_manifest(folder))
+    assert "is hashed at every start" in caplog.text

@@ -12,11 +12,14 @@ import torch
 from pydantic import TypeAdapter
 
 from launch.checkpoints import checkpoint_model, full_spikes, open_model
+from launch.compose import load_config
+from launch.export import ExportConfig, export
+from launch.train import model_from_checkpoint
 from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.sequence import SequenceContext
-from parallel.checkpoint import newest_complete, read_tensors, step_directory
+from parallel.checkpoint import CheckpointError, newest_complete, read_tensors, step_directory
 from parallel.config import Precision
-from tests.launch.trained import prepared, trained
+from tests.launch.trained import prepared, trained, without_tokenizer
 from tests.models.conversion import tiny_sources
 from tests.support.closeness import assert_close
 from training.resolved_config import read_config
@@ -76,7 +79,8 @@ def test_spiking_is_chosen_by_the_caller_and_its_absence_is_said(
 ) -> None:
     with caplog.at_level(logging.INFO):
         plain = open_model(trained)
-    assert "was trained with spiking (adaptive, k 3.0) and runs without it" in caplog.text
+    message = "was trained with spiking and runs without it; add spiking=adaptive to spike"
+    assert message in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         spiking = open_model(trained, spiking=ADAPTIVE)
@@ -87,6 +91,49 @@ def test_spiking_is_chosen_by_the_caller_and_its_absence_is_said(
     spiked = spiking.model(tokens, context, spikes=full_spikes(ADAPTIVE))
     assert not torch.equal(spiked, plain.model(tokens, context))
     assert full_spikes(SpikingConfig()) is None
+
+
+def test_another_neuron_than_the_trained_one_is_said(
+    trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = SpikingConfig(neuron=NeuronKind.adaptive, k=2.0, max_count=7)
+    open_model(trained, spiking=other)
+    assert "add spiking.k=3.0 spiking.max_count=null for its own" in caplog.text
+    caplog.clear()
+    open_model(trained, spiking=ADAPTIVE)
+    assert caplog.text == ""
+
+
+def test_one_damaged_checkpoint_is_refused_by_its_name(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    shutil.copytree(step_directory(trained, 6), folder)
+    data = folder / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp has other contents"):
+        open_model(folder)
+    arguments = [f"checkpoint={folder}", f"out={tmp_path / 'out'}"]
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp has other contents"):
+        export(load_config("export", ExportConfig, arguments))
+
+
+def test_a_tokenizer_that_nobody_can_load_does_not_lock_the_weights_away(
+    trained: Path, tmp_path: Path
+) -> None:
+    folder = without_tokenizer(step_directory(trained, 6), tmp_path / "one")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    assert open_model(folder).tokenizer is None
+
+
+def test_the_model_of_a_run_outlives_what_it_began_with(trained: Path, tmp_path: Path) -> None:
+    raw = {
+        "init": {"checkpoint": str(tmp_path / "gone")}, "model": {}, "run_dir": str(trained),
+    }  # fmt: skip
+    assert model_from_checkpoint(raw)["model"] == checkpoint_model(trained)
+    with pytest.raises(ValueError, match="gone.* must be a folder"):
+        model_from_checkpoint({**raw, "run_dir": str(tmp_path / "new")})
 
 
 def test_the_model_of_a_checkpoint_is_what_the_run_was_given(trained: Path) -> None:

@@ -184,13 +184,27 @@ def test_exit_status_and_streams_of_a_real_process(tmp_path: Path) -> None:
     assert wrong.stderr.startswith("error: parallel.shrad is not a known key")
     assert "Traceback" not in wrong.stderr
     assert not (tmp_path / "never").exists()
-    swept = launch("--multirun", "training.precision=fp8,fp32", f"run_dir={tmp_path / 'never'}")
-    assert swept.returncode == 2
-    assert "error: training.precision (fp8) must be one of" in swept.stderr
-    assert "Traceback" not in swept.stderr
     shown = launch("--cfg", "job", "experiment=smoke_fp32")
     assert shown.returncode == 0
     assert "precision: fp32" in shown.stdout
     helped = launch("--help")
     assert helped.returncode == 0
     assert "python -m launch.train key=value" in helped.stdout
+
+
+@pytest.mark.slow
+def test_each_job_of_a_sweep_has_a_run_folder_of_its_own(tmp_path: Path) -> None:
+    swept = launch("--multirun", "training.precision=fp8,fp32", f"run_dir={tmp_path / 'never'}")
+    assert swept.returncode == 2
+    assert "error: training.precision (fp8) must be one of" in swept.stderr
+    assert "Traceback" not in swept.stderr
+    sweep = launch(
+        "--multirun", "seed=1,2", f"run_dir={tmp_path / 'sweep'}", "experiment=smoke_fp32",
+        f"data.corpus.out={tmp_path / 'data'}", "data.corpus.max_bytes=200000", "logging=disabled",
+        "training.max_steps=2", "stages.main.global_batch_tokens=512",
+    )  # fmt: skip
+    assert sweep.returncode == 0, sweep.stderr
+    for number in (0, 1):
+        folder = tmp_path / "sweep" / f"job_{number}"
+        assert f"seed: {number + 1}\n" in (folder / "config.yaml").read_text()
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2

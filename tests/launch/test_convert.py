@@ -228,6 +228,8 @@ def test_sample_text_parts(source: Path, text: Path, tmp_path: Path) -> None:
     assert parts.alignment is not None
     assert parts.calibration.tokens.shape == parts.evaluation.tokens.shape == (4, 16)
     assert parts.alignment.tokens.shape == (5, 16)
+    found = {tuple(row) for row in parts.calibration.tokens.tolist()}
+    assert found.isdisjoint(tuple(row) for row in parts.alignment.tokens.tolist())
     assert not torch.equal(parts.calibration.tokens, parts.evaluation.tokens)
     path = tmp_path / "a.txt"
     path.write_text(" ".join(str(number) for number in range(400)))
@@ -236,6 +238,8 @@ def test_sample_text_parts(source: Path, text: Path, tmp_path: Path) -> None:
     assert parts.alignment is not None
     assert parts.calibration.tokens.flatten().tolist() == ids[:64]
     assert parts.calibration.labels.flatten().tolist() == ids[1:65]
+    assert parts.alignment.tokens.flatten().tolist() == ids[64:144]
+    assert parts.alignment.labels.flatten().tolist() == ids[65:145]
     rows = (len(ids) - 1) // 16
     assert parts.evaluation.tokens.flatten().tolist() == ids[(rows - 4) * 16 : rows * 16]
     assert parts.evaluation.labels.flatten().tolist() == ids[(rows - 4) * 16 + 1 : rows * 16 + 1]
@@ -253,6 +257,48 @@ def test_short_text_is_shared_out_with_a_warning(
     parts = read_sample(tmp_path / "a.txt", sizes, tokenizer=tokenizer, seed=1)
     assert 1 <= parts.evaluation.num_rows <= parts.calibration.num_rows
     assert "fitting on" in caplog.text
+
+
+def test_short_text_keeps_fitting_and_aligning_apart(source: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(source)
+    (tmp_path / "a.txt").write_text(" ".join(str(number) for number in range(60)))
+    ids = tokenizer.encode((tmp_path / "a.txt").read_text())
+    found = (len(ids) - 1) // 16
+    sizes = SampleSizes(sequence_length=16, tokens=1600, align_tokens=1600)
+    parts = read_sample(tmp_path / "a.txt", sizes, tokenizer=tokenizer, seed=1)
+    assert parts.alignment is not None
+    rows = [part.tokens for part in (parts.calibration, parts.alignment, parts.evaluation)]
+    assert torch.cat(rows).flatten().tolist() == ids[: found * 16]
+    assert all(len(part) > 0 for part in rows)
+    (tmp_path / "a.txt").write_text(" ".join(str(number) for number in range(24)))
+    with pytest.raises(ValueError, match="must give three rows to align on"):
+        read_sample(tmp_path / "a.txt", sizes, tokenizer=tokenizer, seed=1)
+
+
+def test_what_only_new_linear_layers_read_is_said_to_have_no_effect(
+    source: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = load_config("convert", ConvertConfig, [
+        f"source={source}", f"out={tmp_path / 'out'}", f"text={text}", "text_tokens=64",
+        "sequence_length=32", "align.tokens=64", "gate_init=64", "certificate.numeric=false",
+        "linear.key_bias=zero",
+    ])  # fmt: skip
+    convert(options)
+    named = [m.split(" has no effect")[0] for m in caplog.messages if "no layer becomes L" in m]
+    assert named == ["align.tokens", "gate_init", "linear.key_bias"]
+
+
+def test_a_prepared_folder_is_not_written_over(source: Path, text: Path) -> None:
+    with pytest.raises(ValueError, match=r"out .* must be new, empty or an older checkpoint"):
+        convert(config(source, text))
+
+
+def test_the_same_conversion_has_the_same_fingerprint(source: Path, tmp_path: Path) -> None:
+    prints = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        convert(hybrid(source, tmp_path / name, seed=seed))
+        prints.append(open_weights(tmp_path / name).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
 
 
 def test_command_line(source: Path, tmp_path: Path) -> None:
@@ -333,6 +379,7 @@ def write_large_source(folder: Path, text: Path, *, layers: int) -> tuple[int, i
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's RssAnon")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(text: Path, tmp_path: Path) -> None:
     """Anonymous memory is below 1.5 x the largest tensor + 1 GiB, however many layers there are."""
     grown = []

@@ -24,6 +24,11 @@ from parallel.checkpoint import read_tensors, save_streamed
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_export import random_entries
 from tests.models.conversion.test_huggingface import same_bits
+from tests.training.tiny_run import VOCAB_SIZE, prepare_data, tiny_run
+from training.config import RunConfig
+from training.resolved_config import plain
+from training.run import run
+from training.weights import open_weights
 
 pytest.importorskip("transformers")
 
@@ -51,6 +56,22 @@ def test_import_and_export_is_bitwise_in_the_bases_format(case: str, tmp_path: P
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     configs = [read_config(SafetensorsFolder(f).config) for f in (folder, tmp_path / "out")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("converted", [True, False], ids=["converted", "hugging face"])
+def test_training_does_not_forget_the_bases_format(converted: bool, tmp_path: Path) -> None:
+    """A Mistral without windows has the shapes of a Llama."""
+    data = prepare_data(tmp_path)
+    start = tiny_sources.save("mistral-full", tmp_path / "hf", vocab_size=VOCAB_SIZE)
+    if converted:
+        convert(ConvertConfig(source=str(start), out=str(tmp_path / "checkpoint")))
+        start = tmp_path / "checkpoint"
+    model = TypeAdapter(ModelConfig).dump_python(open_weights(start).model, mode="json")
+    for steps in (1, 2):  # the second time from the run's own manifest
+        config = tiny_run(data, tmp_path / "run", init={"checkpoint": str(start)},
+                          training={"max_steps": steps}, spiking={"neuron": "off"})  # fmt: skip
+        run(TypeAdapter(RunConfig).validate_python({**plain(config), "model": model}))
+    assert export(options(tmp_path / "run", tmp_path / "out")) is Format.mistral
 
 
 def test_hybrid_goes_to_the_public_format_and_back(tmp_path: Path) -> None:

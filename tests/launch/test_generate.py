@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from launch.compose import ConfigError, load_config
 from launch.generate import GenerateConfig, continue_text, main
 from models.sequence import SequenceContext
 from parallel.checkpoint import step_directory
-from tests.launch.trained import prepared, trained
+from tests.launch.trained import prepared, trained, without_tokenizer
 
 __all__ = ["prepared", "trained"]
 
@@ -61,8 +60,7 @@ def test_an_empty_prompt_starts_a_document(trained: Path) -> None:
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(step_directory(trained, 6), tmp_path / "bare")
-    shutil.rmtree(tmp_path / "bare" / "tokenizer")
+    without_tokenizer(step_directory(trained, 6), tmp_path / "bare")
     with pytest.raises(ValueError, match=r"must hold a tokenizer to read the prompt: got none"):
         continue_text(config(tmp_path / "bare"))
 

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from models.config import ModelConfig, SpikingConfig
+from models.config import (
+    LinearAttentionConfig,
+    ModelConfig,
+    RopeConfig,
+    RopeType,
+    SpikingConfig,
+)
 from tests.models.tiny import tiny_config
 
 
@@ -44,6 +51,28 @@ def test_an_impossible_model_is_refused_with_the_reason(
 def test_impossible_spiking_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpikingConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LinearAttentionConfig(gate_logit_normalizer=-16), "must be above 0: decays would"),
+        (lambda: LinearAttentionConfig(gate_logit_normalizer=0), "must be above 0"),
+        (lambda: LinearAttentionConfig(gate_low_rank_dim=0), "must be at least 1"),
+        (lambda: LinearAttentionConfig(norm_eps=0), "must be above 0"),
+        (lambda: RopeConfig(theta=-1), r"rope\.theta \(-1\) must be above 0"),
+        (lambda: RopeConfig(type=RopeType.linear, factor=0.5), r"rope\.factor \(0.5\) must be at"),
+        (lambda: RopeConfig(factor=4), r"rope\.factor \(4\) has no effect with rope\.type default"),
+        (lambda: RopeConfig(type=RopeType.linear, factor=2, beta_fast=9), "Set rope.type to yarn,"),
+        (lambda: tiny_config(rms_norm_eps=-1), r"rms_norm_eps \(-1\) must be above 0"),
+        (lambda: tiny_config(initializer_range=-1), "initializer_range .* must be at least 0"),
+    ],
+)
+def test_numbers_that_would_compute_something_else_are_refused(
+    build: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 def test_a_model_without_windows_needs_no_window() -> None:

@@ -20,7 +20,7 @@ from training.engine_setup import memory_bytes, recomputed_blocks, throughput
     ("recompute", "every", "expected"),
     [
         ("none", 1, set()),
-        ("full", 3, {0, 1, 2, 3, 4, 5, 6}),
+        ("full", 1, {0, 1, 2, 3, 4, 5, 6}),
         ("every_n", 1, {0, 1, 2, 3, 4, 5, 6}),
         ("every_n", 3, {0, 3, 6}),
     ],

@@ -65,7 +65,7 @@ def test_a_lost_launcher_is_a_reason_to_stop_under_torchrun_only(
     monkeypatch.setenv(LAUNCHER_VARIABLE, "job")
     launched = StopRequest()
     assert launched.reason is None
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: -1)
     assert launched.reason == "the end of its launcher"
     assert alone.reason is None
 

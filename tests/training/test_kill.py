@@ -70,6 +70,7 @@ def start_real(
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_the_real_command_survives_kill_9_and_says_that_it_was_stopped(
     data: Path, tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_the_real_command_survives_kill_9_and_says_that_it_was_stopped(
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_ranks_whose_launcher_was_killed_stop_and_leave_the_folder_to_the_next_job(
     data: Path, tmp_path: Path
 ) -> None:

@@ -280,6 +280,31 @@ def test_a_failed_export_leaves_the_old_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_export_that_ended_between_two_renames_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = random_entries(HYBRID, torch.float32)
+    out = tmp_path / "out"
+    export_folder(entries, HYBRID, out, format=Format.gla_swa)
+    before = (out / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == ".out.partial":
+            raise OSError("the folder is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="the folder is gone"):
+        export_folder(entries, HYBRID, out, format=Format.gla_swa)
+    assert (out / "model.safetensors").read_bytes() == before
+    out.rename(tmp_path / ".out.replaced")  # as a killed process leaves it
+    with pytest.raises(OSError, match="the folder is gone"):
+        export_folder(entries, HYBRID, out, format=Format.gla_swa)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_tokenizer_files_travel(tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()

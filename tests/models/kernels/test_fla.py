@@ -148,3 +148,21 @@ def test_states_go_to_the_first_document_and_come_from_the_last() -> None:
     assert placed is not None
     assert placed.flatten().tolist() == [1, 0, 2, 3, 0, 0]
     assert fla._last_documents(sequence) == [1, 2, 5]
+
+
+def test_the_final_state_holds_one_matrix_a_kv_head_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = torch.randn(2, 4, 3, 3)
+
+    def run(operands: list[torch.Tensor], *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return operands[0], made
+
+    monkeypatch.setattr(fla, "_run", run)
+    q, k = torch.randn(2, 5, 4, 3), torch.randn(2, 5, 2, 3)
+    _, final = fla.linear_attention(
+        q, k, k, k.abs().neg(), scale=1.0, sequence=None, output_final_state=True
+    )
+    assert final is not None
+    assert torch.equal(final, made[:, ::2])
+    assert final.untyped_storage().nbytes() == final.nbytes
