@@ -72,9 +72,8 @@ def linear_attention(  # noqa: PLR0913 - the signature every linear attention ke
     if final is not None:
         # The R query heads of a group hold equal states: the first one stands for all, in memory of
         # its own, so that the others can go.
-        final = (final if packed is None else final[_last_documents(packed)])[
-            :, ::group
-        ].contiguous()
+        last = final if packed is None else final[_last_documents(packed)]
+        final = last[:, ::group].contiguous()
     return out.view(rows, tokens, heads, v.shape[3]), final
 
 

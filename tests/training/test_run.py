@@ -406,6 +406,8 @@ def test_folders_of_a_mixture_are_evaluated_apart_even_under_one_name(
     assert set(parts) == {"perplexity/code/prepared", "perplexity/web/prepared"}
     assert min(parts.values()) < row["perplexity"] < max(parts.values())
     assert distinct_names([Path("a/x"), Path("b/y")]).keys() == {"x", "y"}
+    deep = [Path("/one/a/x"), Path("/two/a/x"), Path("/two/b/x")]
+    assert list(distinct_names(deep)) == ["one/a/x", "two/a/x", "two/b/x"]
 
 
 def prepare_other(data: Path, tmp_path: Path) -> Path:
