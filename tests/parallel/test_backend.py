@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import platform
 import re
 
 import pytest
@@ -162,9 +163,12 @@ def test_memory_counts_what_this_process_allocates() -> None:
 def test_threads_are_shared_out_over_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuBackend, "num_devices", lambda _: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert CpuBackend().proposed_environment() == {"OMP_NUM_THREADS": "2"}
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert CpuBackend().proposed_environment() == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    assert CpuBackend().proposed_environment()["MALLOC_MMAP_MAX_"] == "0"
 
 
 def test_more_processes_than_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
