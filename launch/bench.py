@@ -110,8 +110,9 @@ def main(config: BenchConfig) -> None:
             logger.info("%s", row.line())
             rows.append(row)
     write_rows(rows, Path(config.out), setting)
+    verdicts = [row.met for row in rows if row.met is not None]
     logger.info(
-        "%d rows, %d met their goal: %s", len(rows), sum(r.met is True for r in rows), config.out
+        "%d rows, %d of %d goals met: %s", len(rows), sum(verdicts), len(verdicts), config.out
     )
 
 

@@ -24,7 +24,7 @@ from parallel.backend.detect import detect
 from parallel.config import Precision
 from training.engine_setup import DTYPES
 from training.optimizer import decays
-from training.weights import WeightSource, open_weights
+from training.weight_source import WeightSource, open_weights
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from models.conversion.export import MAX_SHARD_BYTES, export_folder
 from models.conversion.huggingface import SafetensorsFolder, TensorEntry
 from models.conversion.target_config import choose_format, write_config
 from parallel.checkpoint import tensor_dtypes
-from training.weights import MODEL, WeightSource, open_weights
+from training.weight_source import MODEL, WeightSource, open_weights
 
 logger = logging.getLogger(__name__)
 

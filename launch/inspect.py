@@ -21,7 +21,7 @@ from models.conversion.source_config import read_format
 from models.cost import new_parameter_count, parameter_count
 from parallel.checkpoint import read_manifest, tensor_dtypes, tensor_shapes
 from training.resolved_config import changes, read_config
-from training.weights import MODEL, WeightSource, open_weights
+from training.weight_source import MODEL, WeightSource, open_weights
 
 CERTIFICATE = "certificate.json"
 RUN_CONFIG = "config.yaml"

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from launch.compose import CONF
 from launch.quickstart_plan import Part
+from launch.schema import CONF
 
 logger = logging.getLogger(__name__)
 

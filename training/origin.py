@@ -18,12 +18,11 @@ from training.config import RunConfig
 from training.stage_data import RunData
 from training.stages import StagePlan
 from training.state import TrainState
+from training.weight_source import WeightSource, open_weights
 from training.weights import (
-    WeightSource,
     check_same_tokenizer,
     load_weights,
     match_weights,
-    open_weights,
     warn_of_differences,
 )
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.compose import CONF, load_config
+from launch.compose import load_config
+from launch.schema import CONF
 from models.cost import parameter_count
 from models.model import Model
 from training.config import RunConfig

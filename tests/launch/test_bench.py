@@ -13,7 +13,8 @@ from launch import bench_suites
 from launch.bench import SUITES, BenchConfig, Suite, write_rows
 from launch.bench_models import build, full_attention, hugging_face
 from launch.bench_rows import Row, Setting, paired
-from launch.compose import ConfigError, load_config
+from launch.compose import load_config
+from launch.config_errors import ConfigError
 from models.config import ModelConfig
 from models.cost import parameter_count
 from models.linear_attention import GatedLinearAttention

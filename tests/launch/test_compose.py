@@ -8,17 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.compose import (
-    ConfigError,
-    compose_mapping,
-    drop_launcher_arguments,
-    flat_keys,
-    help_text,
-    load_config,
-    quote_values,
-    schema_tree,
-)
+from launch.compose import compose_mapping, load_config
+from launch.config_errors import ConfigError
 from launch.generate import GenerateConfig
+from launch.overrides import drop_launcher_arguments, quote_values
+from launch.schema import flat_keys, help_text, schema_tree
 from models.config import NeuronKind
 from parallel.config import Precision
 from training.config import RunConfig

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from data.prepare_corpus import prepare
 from data.tokenizer import load_tokenizer
-from launch.compose import ConfigError, load_config
+from launch.compose import load_config
+from launch.config_errors import ConfigError
 from launch.convert import convert
 from launch.convert_config import ConvertConfig
 from launch.sample_text import SampleSizes, read_sample
@@ -25,7 +26,7 @@ from parallel.checkpoint import read_manifest, read_tensors, tensor_dtypes, veri
 from tests.data.prepared_folder import random_documents, write_folder
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_huggingface import same_bits
-from training.weights import open_weights
+from training.weight_source import open_weights
 
 pytest.importorskip("transformers")
 VOCABULARY = 300

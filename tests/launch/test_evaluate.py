@@ -16,7 +16,8 @@ import torch
 from data.config import DataConfig
 from data.loader import heldout_rows
 from launch.checkpoints import open_model
-from launch.compose import ConfigError, load_config
+from launch.compose import load_config
+from launch.config_errors import ConfigError
 from launch.evaluate import EvaluateConfig, evaluate, main
 from models.sequence import SequenceContext
 from tests.launch.trained import prepared, trained

@@ -11,7 +11,8 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
-from launch.compose import ConfigError, load_config
+from launch.compose import load_config
+from launch.config_errors import ConfigError
 from launch.convert import convert
 from launch.convert_config import ConvertConfig
 from launch.export import ExportConfig, export
@@ -28,7 +29,7 @@ from tests.training.tiny_run import VOCAB_SIZE, prepare_data, tiny_run
 from training.config import RunConfig
 from training.resolved_config import plain
 from training.run import run
-from training.weights import open_weights
+from training.weight_source import open_weights
 
 pytest.importorskip("transformers")
 

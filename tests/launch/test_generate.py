@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from launch.checkpoints import open_model
-from launch.compose import ConfigError, load_config
+from launch.compose import load_config
+from launch.config_errors import ConfigError
 from launch.generate import GenerateConfig, continue_text, main
 from models.sequence import SequenceContext
 from parallel.checkpoint import step_directory

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from data.documents import OnError
-from launch.compose import ConfigError, typed
+from launch.compose import typed
+from launch.config_errors import ConfigError
 from launch.prepare import PrepareConfig
 
 

@@ -18,11 +18,11 @@ from models.layouts import is_new_parameter, parameter_layouts
 from parallel.boxes import Box, LazyTensor
 from parallel.checkpoint import CheckpointError, save_streamed, step_directory
 from training.config import InitConfig
+from training.weight_source import open_weights
 from training.weights import (
     check_same_tokenizer,
     load_weights,
     match_weights,
-    open_weights,
     warn_of_differences,
 )
 
