@@ -29,6 +29,7 @@ from launch.overrides import drop_launcher_arguments, quote_values
 from launch.preflight import check_packages
 from launch.schema import CONF, flat_keys, help_text, schema_tree
 from models.config import ModelConfig
+from parallel.mesh import end_process
 
 Config = TypeVar("Config")
 Resolve = Callable[[dict[str, Any]], dict[str, Any]]
@@ -59,11 +60,20 @@ def command(
                 _guarded(
                     lambda: body(typed(compose_mapping(name, schema, arguments), schema, resolve))
                 )
+            leave(0)
 
         main.__doc__ = body.__doc__
         return main
 
     return decorate
+
+
+def leave(status: int) -> None:
+    """End a command that did not fail; one of many ranks ends here and now, see `end_process`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        end_process(status)
+    if status:
+        sys.exit(status)
 
 
 def _guarded(work: Callable[[], None]) -> None:
@@ -174,8 +184,5 @@ def _fail(error: Exception, *, status: int) -> None:
         sys.stderr.write(f"{prefix}: {error}\n")
         if status == 1:
             sys.stderr.write("(SYNFIRE_TRACEBACK=1 shows where it was raised)\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(status)  # other ranks may hold collectives open; a clean exit would wait for them
-    sys.exit(status)
+    # Other ranks may hold collectives open, and a clean exit would wait for them.
+    leave(status)

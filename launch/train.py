@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from launch.checkpoints import checkpoint_model
-from launch.compose import command
+from launch.compose import command, leave
 from training.config import RunConfig
 from training.run import run
 
@@ -38,7 +37,7 @@ def main(config: RunConfig) -> None:
     stopped and saved before its last step.
     """
     if not run(config):
-        sys.exit(STOPPED_STATUS)
+        leave(STOPPED_STATUS)
 
 
 if __name__ == "__main__":
