@@ -113,7 +113,8 @@ def test_state_of_linear_layers(tmp_path: Path) -> None:
     inputs: list[torch.Tensor] = []
     block.mixer.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
     streams(model)
-    x, weight, bias = inputs[0], block.mixer.k_proj.weight, block.mixer.k_proj.bias
+    keys = block.mixer.k_proj
+    x, weight, bias = (t.detach() for t in (inputs[0], keys.weight, keys.bias))
     product = x @ weight.T
     assert state[0]["key_bias_norm"] == pytest.approx(float(bias.norm()), rel=1e-9)
     mean_norm = float(product.norm(dim=-1).mean())
