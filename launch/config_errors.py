@@ -49,7 +49,8 @@ def explain_value(item: dict[str, Any], known: list[str]) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     leaf = key.rsplit(".", 1)[-1]
-    close += [name for name in known if name.rsplit(".", 1)[-1] == leaf and name not in close]
+    close = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    close += [name for name in near if name not in close]
     return f" Did you mean {' or '.join(close[:3])}?" if close else " See --help for what exists."

@@ -44,6 +44,7 @@ def test_overrides_reach_typed_values_and_keys_absent_from_yaml() -> None:
     [
         ("parallel.shrad=none", ["parallel.shrad", "parallel.shard"]),
         ("nonsense=1", ["nonsense", "--help"]),
+        ("optimizer.lr=1", ["optimizer.lr is not a known key. Did you mean stages.*.lr"]),
         ("experiment=smokee", ["experiment (smokee)", "smoke_fp32", "Did you mean"]),
         ("spiking=of", ["spiking (of)", "adaptive, off"]),
         ("training.precision=fp8", ["training.precision (fp8)", "fp64, fp32 or bf16"]),

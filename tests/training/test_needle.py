@@ -78,7 +78,7 @@ def test_scores_equal_those_of_one_full_forward_pass() -> None:
     log_probabilities, ranks = value_scores(model, prompt, value, None)
     tokens = torch.tensor([prompt + value])
     context = SequenceContext.one_document_per_row(1, tokens.shape[1])
-    logits: Tensor = model(tokens, context)[0, len(prompt) - 1 : -1].double()
+    logits: Tensor = model(tokens, context).detach()[0, len(prompt) - 1 : -1].double()
     expected = logits.log_softmax(dim=-1)
     for index, token in enumerate(value):
         assert float(log_probabilities[index]) == pytest.approx(float(expected[index, token]))
