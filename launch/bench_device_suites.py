@@ -8,11 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from launch.bench_models import build
+from launch.bench_models import build, row_flops
 from launch.bench_rows import Row, Setting, Work, compare, median_seconds
 from launch.bench_suites import mixer_work
 from models.block import Block
-from models.cost import flops_per_token, mean_visible
 from models.layer_pattern import MixerKind
 from models.linear_attention import GatedLinearAttention
 from models.sequence import SequenceContext
@@ -23,7 +22,6 @@ NEURON_TOKENS = 8192
 COPY_BYTES = 1 << 28
 SHARE_OF_COPY = 1.25
 """An encoding at 80 % of the copy's bandwidth takes this much longer."""
-SYMBOLS = {MixerKind.full: "F", MixerKind.sliding_window: "S", MixerKind.linear: "L"}
 
 
 def ceilings(setting: Setting) -> Iterator[Row]:
@@ -97,9 +95,8 @@ def _block_rows(setting: Setting, kind: MixerKind, length: int, ceiling: float) 
     sequence = SequenceContext.one_document_per_row(1, length, device=setting.device)
     x = _random(setting, 1, length, setting.model.hidden_size).requires_grad_()
     whole = median_seconds(_backward(layer, x, sequence), setting)
-    visible = [mean_visible([length], w) for w in (None, setting.model.visible_window_tokens)]
-    floor = flops_per_token(setting.model, *visible) * length / ceiling
-    name = f"{SYMBOLS[kind]} block, {length}"
+    floor = row_flops(setting.model, length) / ceiling
+    name = f"{kind.value} block, {length}"
     yield Row(f"{name} vs matrix ceiling", 1e3 * whole, 1e3 * floor, whole / floor, "ms")
     kernel = "linear" if isinstance(layer.mixer, GatedLinearAttention) else "window"
     unlimited = setting if kind is not MixerKind.full else _without_window(setting)
@@ -123,7 +120,7 @@ def _backward(module: nn.Module | None, x: Tensor, *arguments: object) -> Work:
 
 def _one_layer(setting: Setting, kind: MixerKind) -> Setting:
     """The sizes of the setting with one block and next to no vocabulary."""
-    model = replace(setting.model, mixers=SYMBOLS[kind], ffns="d", vocab_size=1)
+    model = replace(setting.model, mixers=kind.value, ffns="d", vocab_size=1)
     return replace(setting, model=model)
 
 

@@ -11,6 +11,7 @@ from launch.bench_rows import Setting, Work
 from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.conversion.config_keys import Format
 from models.conversion.target_config import write_config
+from models.cost import flops_per_token, mean_visible
 from models.initialisation import initialise
 from models.model import Model
 from models.sequence import SequenceContext
@@ -61,6 +62,12 @@ def hugging_face(setting: Setting, attention: str) -> nn.Module:
     if setting.recompute:
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     return model.to(setting.dtype)
+
+
+def row_flops(config: ModelConfig, length: int) -> float:
+    """Training FLOPs of one document of `length` tokens."""
+    visible = (mean_visible([length], window) for window in (None, config.visible_window_tokens))
+    return flops_per_token(config, *visible) * length
 
 
 def random_tokens(setting: Setting, length: int) -> Tensor:

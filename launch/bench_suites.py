@@ -9,9 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.bench_models import build, hugging_face, hugging_face_step, our_step, random_tokens
+from launch.bench_models import (
+    build,
+    hugging_face,
+    hugging_face_step,
+    our_step,
+    random_tokens,
+    row_flops,
+)
 from launch.bench_rows import Row, Setting, Work, compare
-from models.cost import flops_per_token, mean_visible
 from models.generation import decode_step, prefill
 from models.spiking.neurons import Spikes
 from models.spiking.recorder import SpikeRecorder
@@ -135,8 +141,7 @@ def step(setting: Setting) -> Iterator[Row]:
 
 def _utilisation(step_seconds: float, length: int, setting: Setting) -> Row:
     """Model FLOP/s of a step beside the device's peak: the ratio is the run's `mfu`."""
-    visible = [mean_visible([length], w) for w in (None, setting.model.visible_window_tokens)]
-    rate = flops_per_token(setting.model, *visible) * length / step_seconds
+    rate = row_flops(setting.model, length) / step_seconds
     peak = setting.backend.peak_flops(setting.dtype)
     tera = None if peak is None else peak / 1e12
     name = f"training step: model FLOP/s of peak, {length}"

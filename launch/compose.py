@@ -69,7 +69,7 @@ def command(
 
 
 def leave(status: int) -> None:
-    """End a command that did not fail; one of many ranks ends here and now, see `end_process`."""
+    """End a command; one of many ranks ends here and now, see `end_process`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         end_process(status)
     if status:

@@ -20,8 +20,6 @@ def drop_launcher_arguments(arguments: list[str]) -> list[str]:
 
 
 _BARE_PATTERN = re.compile(r"((?:\S+\.)?(?:mixers|ffns))=((?!null$)[^'\"]+)")
-
-
 _BARE_TEXT = re.compile(r"(prompt|sentence)=((?!['\"]).*)", re.DOTALL)
 
 

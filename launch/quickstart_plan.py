@@ -74,39 +74,32 @@ WINDOW_TOKENS = 64
 def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
     """Every command of the quickstart, in order."""
     ci = config.size is Size.ci
-    data = f"data.path={out / 'data'}"
+    prepared, base_hf = out / "data", out / "base_hf"
+    data = f"data.path={prepared}"
     steps = ("training.max_steps=8", "checkpoint.interval_steps=8") if ci else ()
     ranks = config.num_processes or min(2, detect(config.backend).num_devices())
     backend = f"backend={config.backend.value}"
     text = ("max_bytes=1000000",) if ci else ()
-    prepared = out / "data"
     arguments = (f"out={prepared}", "vocab_size=2048", *text)
     yield Part("prepare", "prepare", arguments, 12, prepared)
 
     def train(name: str, experiment: str, weight: float, *more: str) -> Part:
-        arguments = (
-            f"experiment={experiment}",
-            f"run_dir={out / name}",
-            data,
-            backend,
-            *steps,
-            *more,
-        )
+        where = (f"experiment={experiment}", f"run_dir={out / name}", data, backend)
+        arguments = (*where, *steps, *more)
         return Part(name, "train", arguments, weight, out / name, ranks)
 
     yield train("base", "quickstart_base", 137)
-    base_hf = out / "base_hf"
     yield Part(
         "base_export", "export", (f"checkpoint={out / 'base'}", f"out={base_hf}"), 4, base_hf
     )
     yield Part(
         "convert", "convert",
-        (f"source={out / 'base_hf'}", f"out={out / 'converted'}", "mixers=[L S]*2",
-         f"window_tokens={WINDOW_TOKENS}", f"text={out / 'data'}",
+        (f"source={base_hf}", f"out={out / 'converted'}", "mixers=[L S]*2",
+         f"window_tokens={WINDOW_TOKENS}", f"text={prepared}",
          f"align.tokens={8192 if ci else 131072}"),
         12, out / "converted",
     )  # fmt: skip
-    yield train("control", "quickstart_control", 56, f"init.checkpoint={out / 'base_hf'}")
+    yield train("control", "quickstart_control", 56, f"init.checkpoint={base_hf}")
     half = ("spiking.start_step=4",) if ci else ()
     converted = f"init.checkpoint={out / 'converted'}"
     yield train("continue", "quickstart_continue", 60, converted, *half)

@@ -10,6 +10,9 @@ from launch.compose import command, leave
 from training.config import RunConfig
 from training.run import run
 
+STOPPED_STATUS = 75
+"""EX_TEMPFAIL: nothing went wrong, and the same command goes on."""
+
 
 def model_from_checkpoint(raw: dict[str, Any]) -> dict[str, Any]:
     """With `model=from_checkpoint` the model is the one of `init.checkpoint`.
@@ -22,10 +25,6 @@ def model_from_checkpoint(raw: dict[str, Any]) -> dict[str, Any]:
     own = Path(str(raw.get("run_dir")))
     is_own = not Path(source).exists() and (own / "checkpoints").is_dir()
     return {**raw, "model": checkpoint_model(own if is_own else source)}
-
-
-STOPPED_STATUS = 75
-"""EX_TEMPFAIL: nothing went wrong, and the same command goes on."""
 
 
 @command("train", RunConfig, resolve=model_from_checkpoint)

@@ -83,7 +83,7 @@ def warn_if_replaced(checkpoint: str | None, weights: Mapping[str, Any]) -> None
     if checkpoint is None or not Path(checkpoint).is_dir():
         return
     try:
-        found = open_weights(checkpoint, check_files=False).fingerprint
+        found = open_weights(checkpoint, check_files=False).fingerprint()
     except (ValueError, OSError, CheckpointError) as error:
         logger.warning("init.checkpoint (%s) cannot be compared: %s", checkpoint, error)
         return

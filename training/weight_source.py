@@ -35,12 +35,12 @@ class WeightSource:
 
     `manifest` is a Synfire checkpoint's, None for a Hugging Face folder. `tokenizer_folder` and
     `tokenizer_sha256` are None when no tokenizer lies beside the weights. `new_parameters` are the
-    names that conversion added. `fingerprint` changes with the weights; `format` is the base's, as
-    far as anyone wrote it down.
+    names that conversion added. `fingerprint` gives what changes with the weights; `format` is the
+    base's, as far as anyone wrote it down.
     """
 
     path: Path
-    fingerprint: str
+    fingerprint: Callable[[], str]
     format: str | None
     model: ModelConfig
     manifest: Mapping[str, Any] | None
@@ -52,7 +52,7 @@ class WeightSource:
 
     def identity(self) -> dict[str, Any]:
         """What a run notes about the weights that it began with."""
-        return {"path": str(self.path), "fingerprint": self.fingerprint, "format": self.format}
+        return {"path": str(self.path), "fingerprint": self.fingerprint(), "format": self.format}
 
 
 def open_weights(
@@ -124,7 +124,7 @@ def _synfire(folder: Path) -> WeightSource:
     base = manifest.get("source") or manifest.get("weights") or {}
     return WeightSource(
         path=folder,
-        fingerprint=hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        fingerprint=lambda: hashlib.sha256("".join(hashes).encode()).hexdigest(),
         format=base.get("format"),
         model=TypeAdapter(ModelConfig).validate_python(manifest["model"]),
         manifest=manifest,
@@ -152,7 +152,7 @@ def _hugging_face(folder: Path) -> WeightSource:
         tokenizer = None
     return WeightSource(
         path=folder,
-        fingerprint=source.fingerprint(),
+        fingerprint=source.fingerprint,
         format=read_format(source.config).value,
         model=model,
         manifest=None,

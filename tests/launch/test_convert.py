@@ -298,13 +298,13 @@ def test_the_same_conversion_has_the_same_fingerprint(source: Path, tmp_path: Pa
     prints = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         convert(hybrid(source, tmp_path / name, seed=seed))
-        prints.append(open_weights(tmp_path / name).fingerprint)
+        prints.append(open_weights(tmp_path / name).fingerprint())
     assert prints[0] == prints[1] != prints[2]
     manifest = read_manifest(tmp_path / "a")
     for name, is_same in (("certificate.json", True), ("__0_0.distcp", False)):
         manifest["files"][name]["sha256"] = "0" * 64
         (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
-        found = open_weights(tmp_path / "a", check_files=False).fingerprint
+        found = open_weights(tmp_path / "a", check_files=False).fingerprint()
         assert (found == prints[0]) is is_same
 
 
