@@ -59,12 +59,30 @@ class Recompute(Enum):
     every_n = "every_n"
 
 
+class RecomputeModule(Enum):
+    """What selective recomputation computes again in the backward pass."""
+
+    norms = "norms"
+    activations = "activations"
+    full = "full"
+    sliding_window = "sliding_window"
+    linear = "linear"
+
+
+_AXES = ("pp", "cp", "tp", "ep")
+_DERIVED = frozenset({"dp", "dp_shard", "virtual_stages"})
 _NOT_YET = "is not in this release. Leave it at {default}."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """Sizes of the mesh axes pp, dp, cp, tp (tp innermost); `dp` null is the world size."""
+    """Sizes of the mesh axes pp, dp, cp, tp (tp innermost) and what is done along them.
+
+    `dp` null is what the other axes leave of the processes; it is `dp_replicate x dp_shard`, and
+    parameters are sharded over `dp_shard` only. `virtual_stages` (stages a rank) null is 2 for
+    `interleaved` and 1 otherwise. `stage_layers` cuts the model by hand: layers of each stage, in
+    order. `vocab_multiple`: where tp cuts the vocabulary, its rows are padded to a multiple of it.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -74,32 +92,86 @@ class ParallelConfig:
     tp: int = 1
     ep: int = 1
     dp_replicate: int = 1
+    dp_shard: int | None = None
     sequence_parallel: bool = False
     schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
-    virtual_stages: int = 1
+    virtual_stages: int | None = None
+    stage_layers: list[int] | None = None
     shard: Shard = Shard.gradients
+    vocab_multiple: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("pp", "cp", "tp", "ep", "dp_replicate", "virtual_stages"):
+        for name in (*_AXES, "dp", "dp_shard", "dp_replicate", "virtual_stages", "vocab_multiple"):
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"parallel.{name} ({value}) must be at least 1.")
-            if value > 1:
+            if value is not None and value < 1:
+                null = ", or null to derive it" if name in _DERIVED else ""
+                raise ValueError(f"parallel.{name} ({value}) must be at least 1{null}.")
+        for name in ("cp", "ep"):
+            if getattr(self, name) > 1:
                 raise ValueError(
-                    f"parallel.{name} ({value}) must be 1: this axis {_NOT_YET.format(default=1)} "
-                    "Use parallel.dp for more ranks."
+                    f"parallel.{name} ({getattr(self, name)}) must be 1: this axis "
+                    f"{_NOT_YET.format(default=1)} Use dp, tp or pp for more ranks."
                 )
-        if self.dp is not None and self.dp < 1:
-            raise ValueError(f"parallel.dp ({self.dp}) must be at least 1, or null to derive it.")
-        if self.schedule is not PipelineSchedule.one_f_one_b:
+        if self.sequence_parallel and self.tp == 1:
             raise ValueError(
-                f"parallel.schedule ({self.schedule.value}) must be one_f_one_b: another order of "
-                "pipeline stages " + _NOT_YET.format(default="one_f_one_b")
+                "parallel.sequence_parallel (true) must come with parallel.tp above 1: got tp 1. "
+                "Set parallel.tp, or parallel.sequence_parallel=false."
             )
-        if self.sequence_parallel:
+        self._check_data_axes()
+        self._check_stages()
+
+    @property
+    def num_stages(self) -> int:
+        """Pieces that the model is cut into, over all pipeline ranks."""
+        return self.pp * self.stages_per_rank
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Pieces of the model on each pipeline rank."""
+        if self.virtual_stages is not None:
+            return self.virtual_stages
+        return 2 if self.schedule is PipelineSchedule.interleaved and self.pp > 1 else 1
+
+    def _check_data_axes(self) -> None:
+        if self.shard is Shard.none and (self.dp_replicate > 1 or (self.dp_shard or 1) > 1):
             raise ValueError(
-                "parallel.sequence_parallel (true) must be false: it needs parallel.tp, which "
-                + _NOT_YET.format(default="false")
+                f"parallel.shard (none) replicates over all dp ranks: got dp_replicate "
+                f"{self.dp_replicate} and dp_shard {self.dp_shard}. Leave them at 1 and null, or "
+                "set parallel.shard to gradients or parameters."
+            )
+        if None not in (self.dp, self.dp_shard) and self.dp != self.dp_replicate * self.dp_shard:
+            raise ValueError(
+                f"parallel.dp ({self.dp}) must equal dp_replicate x dp_shard: got "
+                f"{self.dp_replicate} x {self.dp_shard}. Leave dp or dp_shard null to derive it."
+            )
+        if self.dp is not None and self.dp % self.dp_replicate:
+            raise ValueError(
+                f"parallel.dp ({self.dp}) must be a multiple of parallel.dp_replicate: got "
+                f"{self.dp_replicate}. Change one of them."
+            )
+
+    def _check_stages(self) -> None:
+        takes_several = self.schedule in (
+            PipelineSchedule.interleaved, PipelineSchedule.zero_bubble,
+        )  # fmt: skip
+        if self.stages_per_rank > 1 and (self.pp == 1 or not takes_several):
+            raise ValueError(
+                f"parallel.virtual_stages ({self.virtual_stages}) must be 1 for parallel.pp "
+                f"{self.pp} with schedule {self.schedule.value}. Use pp above 1 with schedule "
+                "interleaved or zero_bubble, or leave it null."
+            )
+        if self.schedule is PipelineSchedule.interleaved and self.virtual_stages == 1:
+            raise ValueError(
+                "parallel.virtual_stages (1) must be at least 2 for schedule interleaved. Set it "
+                "to 2 or null, or use schedule one_f_one_b."
+            )
+        if self.stage_layers is None:
+            return
+        if len(self.stage_layers) != self.num_stages or min(self.stage_layers, default=0) < 0:
+            raise ValueError(
+                f"parallel.stage_layers ({self.stage_layers}) must give one number of layers, 0 or "
+                f"more, for each stage: got {len(self.stage_layers)} numbers for pp {self.pp} x "
+                f"{self.stages_per_rank} stages. Correct the list, or leave it null."
             )
 
 

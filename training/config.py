@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 
 from data.config import DataConfig
 from models.config import ModelConfig, SpikingConfig
-from parallel.config import BackendName, EngineConfig, ParallelConfig, Precision, Recompute
+from parallel.config import (
+    BackendName,
+    EngineConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    RecomputeModule,
+)
 
 STRICT: dict[str, Any] = {"extra": "forbid"}
 
@@ -124,6 +131,11 @@ class TrainingConfig:
     microbatch_rows: int = 1
     recompute: Recompute = Recompute.none
     recompute_every: int = 1
+    recompute_modules: list[RecomputeModule] = field(
+        default_factory=lambda: [RecomputeModule.norms, RecomputeModule.activations]
+    )
+    recompute_stages: list[int] | None = None
+    teacher: str | None = None
     max_steps: int | None = None
     loss_chunk_tokens: int = 1024
     num_threads: int | None = None
@@ -141,10 +153,39 @@ class TrainingConfig:
                 f"training.recompute_every ({self.recompute_every}) must be 1 without "
                 f"training.recompute=every_n: got {self.recompute.value}. Set one or the other."
             )
-        if self.recompute is Recompute.selective:
+        if self.recompute is Recompute.selective and not self.recompute_modules:
             raise ValueError(
-                "training.recompute (selective) is not in this release. Use none, full or every_n."
+                "training.recompute_modules ([]) must name something for recompute=selective: "
+                f"choose from {', '.join(member.value for member in RecomputeModule)}."
             )
+        if self.recompute_stages is not None and self.recompute is Recompute.none:
+            raise ValueError(
+                f"training.recompute_stages ({self.recompute_stages}) must be null without "
+                "training.recompute: nothing is computed again. Set one or the other."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """What is learned from `training.teacher`, added to the cross entropy with these weights.
+
+    `kl` weighs KL(teacher || student) of the next-token distributions at `temperature`, `hidden`
+    the mean squared difference of the residual streams after each layer; both a target token.
+    `offload` keeps the teacher's weights on the host between uses.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    kl: float = 0.0
+    hidden: float = 0.0
+    temperature: float = 1.0
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("kl", "hidden"):
+            _refuse_negative(f"distill.{name}", getattr(self, name))
+        if not self.temperature > 0:
+            raise ValueError(f"distill.temperature ({self.temperature}) must be above 0.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,17 +205,28 @@ class InitConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When checkpoints are written and how many stay. The last step is always saved."""
+    """When checkpoints are written and how many stay. The last step is always saved.
+
+    The newest `keep_last` stay, and all whose step is a multiple of `keep_every_steps` (null: no
+    others). `asynchronous` writes them in the background while training goes on.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     interval_steps: int = 100
     keep_last: int = 2
+    keep_every_steps: int | None = None
+    asynchronous: bool = True
 
     def __post_init__(self) -> None:
         _refuse_negative("checkpoint.interval_steps", self.interval_steps)
         if self.keep_last < 1:
             raise ValueError(f"checkpoint.keep_last ({self.keep_last}) must be at least 1.")
+        if self.keep_every_steps is not None and self.keep_every_steps < 1:
+            raise ValueError(
+                f"checkpoint.keep_every_steps ({self.keep_every_steps}) must be at least 1, or "
+                "null."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,6 +287,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -242,6 +295,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages must have at least one entry. Add stages.main or a preset.")
+        has_goal = self.distill.kl > 0 or self.distill.hidden > 0
+        if has_goal != (self.training.teacher is not None):
+            raise ValueError(
+                f"training.teacher ({self.training.teacher}) must come with distill.kl or "
+                f"distill.hidden above 0: got {self.distill.kl:g} and {self.distill.hidden:g}. Set "
+                "both the teacher and a weight, or neither."
+            )
 
     @property
     def total_steps(self) -> int:
