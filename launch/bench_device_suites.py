@@ -52,7 +52,7 @@ def neuron(setting: Setting) -> Iterator[Row]:
     """Spike encoding of the model's two widths beside a copy of the same activations."""
     layer = build(_one_layer(setting, MixerKind.linear)).blocks[0]
     assert isinstance(layer, Block)
-    encode = layer.ffn.neuron
+    encode = layer.ffn.in_neuron
     assert encode is not None
     for channels in (setting.model.hidden_size, setting.model.intermediate_size):
         yield from _neuron_rows(setting, encode, channels)

@@ -5,6 +5,8 @@ Shape letters: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from torch import Tensor, nn
 
 from models.feed_forward import SwiGLU
@@ -27,6 +29,7 @@ class Block(nn.Module):
     def __init__(self, parts: Parts, mixers: Mixers, *, layer: int) -> None:
         super().__init__()
         config = parts.config
+        self.layer = layer
         self.mixer_norm: RMSNorm | None = None
         self.mixer: Mixer | None = None
         if mixers:
@@ -54,6 +57,26 @@ class Block(nn.Module):
             mixed, state = self.mixer.extend(self.mixer_norm(x), state, spikes)  # type: ignore[arg-type]
             x = x + mixed
         return x + self.ffn(self.ffn_norm(x), spikes), state
+
+
+class Blocks(nn.Module):
+    """Blocks in order, each a submodule named by its layer's index in the whole model."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        super().__init__()
+        for block in blocks:
+            self.add_module(str(block.layer), block)
+
+    def __iter__(self) -> Iterator[Block]:
+        for block in self.children():
+            assert isinstance(block, Block)
+            yield block
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, layer: int) -> Block:
+        return self.get_submodule(str(layer))  # type: ignore[return-value]
 
 
 def _build_mixer(parts: Parts, kind: MixerKind, layer: int) -> Mixer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from models.config import ModelConfig
 from models.layer_pattern import MixerKind
@@ -29,12 +30,29 @@ def new_parameter_count(config: ModelConfig) -> int:
 
 def matrix_parameter_count(config: ModelConfig) -> int:
     """Entries of all matrices that multiply each token: with the head, without the embedding."""
-    matrices = sum(
-        math.prod(layout.global_shape)
-        for name, layout in parameter_layouts(config).items()
-        if len(layout.global_shape) == 2 and name not in ("embedding.weight", "head.weight")
-    )
-    return matrices + config.vocab_size * config.hidden_size
+    return sum(_matrix_parameters_of_layers(config)) + config.vocab_size * config.hidden_size
+
+
+def _matrix_parameters_of_layers(config: ModelConfig) -> list[int]:
+    counts = [0] * config.num_hidden_layers
+    for name, layout in parameter_layouts(config).items():
+        if len(layout.global_shape) == 2 and name.startswith("blocks."):
+            counts[int(name.split(".")[1])] += math.prod(layout.global_shape)
+    return counts
+
+
+@dataclass(frozen=True, slots=True)
+class FlopsPerToken:
+    """Training FLOPs a token (forward and backward): embedding, each layer, head with loss."""
+
+    embedding: float
+    layers: tuple[float, ...]
+    head: float
+
+    @property
+    def total(self) -> float:
+        """Of the whole model."""
+        return self.embedding + sum(self.layers) + self.head
 
 
 def flops_per_token(
@@ -50,6 +68,19 @@ def flops_per_token(
     the matrix parameters, K the mean number of keys a query sees (`mean_visible`), d the head dim,
     d_q = H_q d, and C the chunk length of linear attention.
     """
+    return flops_by_part(
+        config, mean_visible_full, mean_visible_window, linear_chunk_tokens=linear_chunk_tokens
+    ).total
+
+
+def flops_by_part(
+    config: ModelConfig,
+    mean_visible_full: float,
+    mean_visible_window: float,
+    *,
+    linear_chunk_tokens: int = LINEAR_CHUNK_TOKENS,
+) -> FlopsPerToken:
+    """The terms of `flops_per_token` where they are spent; a look-up in the embedding is free."""
     queries = config.num_attention_heads * config.head_dim
     states = config.num_attention_heads + config.num_key_value_heads
     inside_chunk = 2 * linear_chunk_tokens * queries
@@ -58,8 +89,13 @@ def flops_per_token(
         MixerKind.sliding_window: 4 * mean_visible_window * queries,
         MixerKind.linear: 2 * config.head_dim**2 * states + inside_chunk,
     }
-    mixing = sum(of_mixer[kind] for mixers in config.layers.mixers for kind in mixers)
-    return 3 * (2 * matrix_parameter_count(config) + mixing)
+    layers = tuple(
+        3.0 * (2 * matrices + sum(of_mixer[kind] for kind in mixers))
+        for matrices, mixers in zip(
+            _matrix_parameters_of_layers(config), config.layers.mixers, strict=True
+        )
+    )
+    return FlopsPerToken(0.0, layers, 3.0 * 2 * config.vocab_size * config.hidden_size)
 
 
 def mean_visible(lengths: Iterable[int], window_tokens: int | None = None) -> float:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import Parts
-from models.spiking.neurons import Spikes
+from models.spiking.neurons import Spikes, encode
 
 
 class SwiGLU(nn.Module):
@@ -20,17 +20,15 @@ class SwiGLU(nn.Module):
         self.gate_proj = layers.column_linear(hidden, inner, bias=bias)
         self.up_proj = layers.column_linear(hidden, inner, bias=bias)
         self.down_proj = layers.row_linear(inner, hidden, bias=bias)
-        self.neuron = parts.build_neuron()
+        self.in_neuron = parts.build_neuron(layers.whole_channels)
+        self.out_neuron = parts.build_neuron(layers.cut_channels)
+        self._enter = layers.enter
 
     def forward(self, x: Tensor, spikes: Spikes | None = None) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`."""
-        x = self._encode(x, spikes, "ffn_in")
+        x = self._enter(encode(self.in_neuron, x, spikes, f"{self.layer}/ffn_in"))
         inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
-        out: Tensor = self.down_proj(self._encode(inner, spikes, "ffn_out"))
+        out: Tensor = self.down_proj(
+            encode(self.out_neuron, inner, spikes, f"{self.layer}/ffn_out")
+        )
         return out
-
-    def _encode(self, x: Tensor, spikes: Spikes | None, site: str) -> Tensor:
-        if self.neuron is None:
-            return x
-        spiked: Tensor = self.neuron(x, spikes, f"{self.layer}/{site}")
-        return spiked

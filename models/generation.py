@@ -58,10 +58,12 @@ def extend(
     model: Model, tokens: Tensor, state: DecodeState, *, spikes: Spikes | None = None
 ) -> tuple[Tensor, DecodeState]:
     """Run the next tokens `[B, n]`; return final-normed hidden states `[B, n, D]` and the state."""
+    assert model.embedding is not None, "only a whole model decodes"
+    assert model.final_norm is not None, "only a whole model decodes"
     x = model.embedding(tokens)
     mixers: list[MixerState] = []
     for block, mixer in zip(model.blocks, state.mixers, strict=True):
-        x, mixer = block.extend(x, mixer, spikes)  # type: ignore[operator]
+        x, mixer = block.extend(x, mixer, spikes)
         mixers.append(mixer)
     position = state.next_position + tokens.shape[1]
     return model.final_norm(x), DecodeState(mixers=mixers, next_position=position)

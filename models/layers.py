@@ -22,6 +22,8 @@ from models.config import ModelConfig
 from models.kernels import KernelSet
 from models.loss import chunked_cross_entropy, chunked_token_losses, logits_of
 from models.rotary import Rotary
+from models.spiking.channels import WHOLE_CHANNELS, Channels
+from models.vocabulary import VocabularyShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,23 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Output projection `[V, D]` with the loss; a tied head owns no weight and is given one."""
+    """Output projection `[V, D]` with the loss; a tied head owns no weight and is given one.
 
-    def __init__(self, hidden_size: int, vocab_size: int, *, is_tied: bool) -> None:
+    Where the vocabulary is cut over ranks, `vocab_size` is this rank's number of rows, `vocabulary`
+    describes them and `enter` brings the residual stream in (`LayerProvider.enter`).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        is_tied: bool,
+        vocabulary: VocabularyShard | None = None,
+        enter: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self._vocabulary, self._enter = vocabulary, enter
         if not is_tied:
             self.weight = nn.Parameter(torch.full((vocab_size, hidden_size), float("nan")))
         else:
@@ -88,6 +103,8 @@ class Head(nn.Module):
     ) -> Tensor:
         """Logits `[..., V]`, or with `labels` `[...]` the summed loss, or losses `[...]`.
 
+        A cut vocabulary gives this rank's logits, but whole losses.
+
         Args:
             hidden: `[..., D]`.
             labels: next tokens, -100 where masked.
@@ -100,13 +117,19 @@ class Head(nn.Module):
         """
         weight: Tensor | None = self.weight if tied_weight is None else tied_weight
         assert weight is not None, "a tied head is given the embedding's weight"
+        if self._enter is not None:
+            hidden = self._enter(hidden)
         if labels is None:
             return logits_of(hidden, weight)
         flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         if per_token:
-            losses = chunked_token_losses(flat, weight, targets, chunk_tokens=chunk_tokens)
+            losses = chunked_token_losses(
+                flat, weight, targets, chunk_tokens=chunk_tokens, vocabulary=self._vocabulary
+            )
             return losses.view(labels.shape)
-        return chunked_cross_entropy(flat, weight, targets, chunk_tokens=chunk_tokens)
+        return chunked_cross_entropy(
+            flat, weight, targets, chunk_tokens=chunk_tokens, vocabulary=self._vocabulary
+        )
 
 
 class LayerProvider(Protocol):
@@ -127,8 +150,19 @@ class LayerProvider(Protocol):
     def head(self, hidden_size: int, vocab_size: int, *, is_tied: bool) -> nn.Module:
         """The output projection and loss, called as `Head.forward`."""
 
-    def channel_mean_abs(self, x: Tensor) -> Tensor:
-        """Mean |x| over all channels of a token, `[..., 1]` in at least float32."""
+    def enter(self, x: Tensor) -> Tensor:
+        """From the residual stream to what column linears read: all tokens `[B, T, D]`.
+
+        Row linears lead back. Gradients are summed over the ranks that the linears are cut over.
+        """
+
+    @property
+    def whole_channels(self) -> Channels:
+        """The residual stream, as the neurons before column linears see it."""
+
+    @property
+    def cut_channels(self) -> Channels:
+        """What row linears read, as the neurons before them see it."""
 
 
 class LocalLayers:
@@ -154,10 +188,12 @@ class LocalLayers:
         """A whole head."""
         return Head(hidden_size, vocab_size, is_tied=is_tied)
 
-    def channel_mean_abs(self, x: Tensor) -> Tensor:
-        """Mean |x| of `[..., D]` over the last dim, in at least float32."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return x.abs().mean(dim=-1, keepdim=True, dtype=dtype)
+    whole_channels = WHOLE_CHANNELS
+    cut_channels = WHOLE_CHANNELS
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The residual stream itself."""
+        return x
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,4 +204,4 @@ class Parts:
     layers: LayerProvider
     kernels: KernelSet
     rotary: Rotary
-    build_neuron: Callable[[], nn.Module | None]
+    build_neuron: Callable[[Channels], nn.Module | None]

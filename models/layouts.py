@@ -8,18 +8,34 @@ read. Computed from the config alone; builds no module. Patterns and shapes must
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from models.config import ModelConfig
 from models.layer_pattern import FfnKind, MixerKind, Mixers
 from models.layers import ParamLayout
 
 
-def parameter_layouts(config: ModelConfig) -> dict[str, ParamLayout]:
+def parameter_layouts(
+    config: ModelConfig, *, sequence_parallel: bool = False
+) -> dict[str, ParamLayout]:
     """Layouts of all parameters, in the order of the model.
+
+    With `sequence_parallel` each tp rank holds a part of the tokens outside the projections, so
+    that replicated parameters there (norms, output biases) have partial gradients too.
 
     Raises:
         ValueError: a layer kind that this release does not build.
     """
+    table = _whole_rows(config)
+    if not sequence_parallel:
+        return table
+    return {
+        name: replace(layout, partial_axes=("tp",)) if layout.tp_dim is None else layout
+        for name, layout in table.items()
+    }
+
+
+def _whole_rows(config: ModelConfig) -> dict[str, ParamLayout]:
     refuse_unsupported(config)
     table = {"embedding.weight": ParamLayout((config.vocab_size, config.hidden_size), tp_dim=0)}
     for index, mixers in enumerate(config.layers.mixers):

@@ -62,13 +62,13 @@ class GatedLinearAttention(HeadProjections):
         state: Tensor | None = None,
         output_final_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        encoded = self.encode(x, spikes, "mixer_in")
-        q, k, v = self.project(encoded)
+        entered = self.enter(x, spikes)
+        q, k, v = self.project(entered)
         return self._kernel(
             torch.relu(q),
             torch.relu(k),
             v,
-            self.log_decay(encoded),
+            self.log_decay(entered),
             scale=self.scale,
             sequence=sequence,
             initial_state=state,

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.block import Block
+from models.block import Block, Blocks
 from models.config import ModelConfig, SpikingConfig
 from models.kernels import KernelSet, default_kernels
 from models.layers import LayerProvider, LocalLayers, ParamLayout, Parts
 from models.layouts import parameter_layouts, refuse_unsupported
 from models.norm import RMSNorm
+from models.part import ModelPart
 from models.rotary import Rotary
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes, build_neuron
@@ -34,6 +35,7 @@ class Model(nn.Module):
         kernels: attention kernels; the plain torch ones by default.
         layers: layer provider; one process by default.
         recompute: indices of blocks whose activations are computed again in the backward pass.
+        part: the stretch to build, everything by default. Parameters keep their global names.
         loss_chunk_tokens: tokens whose logits exist at a time while the loss is computed.
 
     Raises:
@@ -48,11 +50,13 @@ class Model(nn.Module):
         kernels: KernelSet | None = None,
         layers: LayerProvider | None = None,
         recompute: Collection[int] = frozenset(),
+        part: ModelPart | None = None,
         loss_chunk_tokens: int = 1024,
     ) -> None:
         super().__init__()
         refuse_unsupported(config)
         self.config = config
+        self.part = ModelPart.whole(config) if part is None else part
         self.spiking = spiking or SpikingConfig()
         self.recompute = frozenset(recompute)
         self.loss_chunk_tokens = loss_chunk_tokens
@@ -62,17 +66,26 @@ class Model(nn.Module):
             layers=provider,
             kernels=kernels or default_kernels(),
             rotary=Rotary(config),
-            build_neuron=lambda: build_neuron(self.spiking, provider.channel_mean_abs),
+            build_neuron=lambda channels: build_neuron(self.spiking, channels),
         )
-        self.embedding = provider.embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(
-            Block(parts, mixers, layer=index) for index, mixers in enumerate(config.layers.mixers)
-        )
-        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = provider.head(
-            config.hidden_size, config.vocab_size, is_tied=config.tie_word_embeddings
-        )
+        self.embedding: nn.Module | None = None
+        self.final_norm: RMSNorm | None = None
+        self.head: nn.Module | None = None
+        if self.part.has_embedding:
+            self.embedding = provider.embedding(config.vocab_size, config.hidden_size)
+        mixers = config.layers.mixers
+        self.blocks = Blocks(Block(parts, mixers[i], layer=i) for i in self.part.layers)
+        if self.part.has_head:
+            self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.head = provider.head(
+                config.hidden_size, config.vocab_size, is_tied=self.is_tied_here
+            )
         self._check_recompute()
+
+    @property
+    def is_tied_here(self) -> bool:
+        """Whether the head reads the embedding of this very part."""
+        return self.config.tie_word_embeddings and self.part.has_embedding
 
     def forward(
         self,
@@ -85,17 +98,19 @@ class Model(nn.Module):
         """Logits `[B, T, V]` of tokens `[B, T]`, or the summed loss of labels `[B, T]`.
 
         Labels are the next tokens, -100 where nothing is predicted. Results are at least float32.
+        A part without the embedding takes the residual stream instead of tokens, and one without
+        the head returns it.
         """
         hidden = self.hidden_states(tokens, sequence, spikes=spikes)
-        return self.apply_head(hidden, labels=labels)
+        return hidden if self.head is None else self.apply_head(hidden, labels=labels)
 
     def hidden_states(
         self, tokens: Tensor, sequence: SequenceContext, *, spikes: Spikes | None = None
     ) -> Tensor:
-        """The final-normed residual stream `[B, T, D]` that the head reads."""
-        x = self.embedding(tokens)
-        for index, block in enumerate(self.blocks):
-            if index in self.recompute and torch.is_grad_enabled():
+        """The residual stream `[B, T, D]` after the last layer, final-normed before a head."""
+        x = tokens if self.embedding is None else self.embedding(tokens)
+        for block in self.blocks:
+            if block.layer in self.recompute and torch.is_grad_enabled():
                 x = checkpoint(
                     block,
                     x,
@@ -107,8 +122,7 @@ class Model(nn.Module):
                 )
             else:
                 x = block(x, sequence, spikes)
-        hidden: Tensor = self.final_norm(x)
-        return hidden
+        return x if self.final_norm is None else self.final_norm(x)
 
     @torch.no_grad()
     def token_losses(
@@ -119,15 +133,21 @@ class Model(nn.Module):
         *,
         spikes: Spikes | None = None,
     ) -> Tensor:
-        """Cross entropy of each token `[B, T]`, 0 where masked, without gradients."""
+        """Cross entropy of each token `[B, T]`, 0 where masked, without gradients.
+
+        Parts take and return the residual stream as in `forward`.
+        """
         hidden = self.hidden_states(tokens, sequence, spikes=spikes)
+        if self.head is None:
+            return hidden
         return self.apply_head(hidden, labels=labels, per_token=True)
 
     def apply_head(
         self, hidden: Tensor, *, labels: Tensor | None = None, per_token: bool = False
     ) -> Tensor:
         """Logits or losses of final-normed hidden states `[..., D]`; see `models.layers.Head`."""
-        tied = self.embedding.weight if self.config.tie_word_embeddings else None
+        assert self.head is not None, "this part of the model has no head"
+        tied = self.embedding.weight if self.is_tied_here and self.embedding is not None else None
         out: Tensor = self.head(
             hidden,
             labels,
@@ -138,11 +158,11 @@ class Model(nn.Module):
         return out
 
     def layouts(self) -> dict[str, ParamLayout]:
-        """Global shape and sharing of every parameter, by name."""
+        """Global shape and sharing of every parameter of the whole model, by name."""
         return parameter_layouts(self.config)
 
     def _check_recompute(self) -> None:
-        count = len(self.blocks)
+        count = self.config.num_hidden_layers
         wrong = sorted(index for index in self.recompute if not 0 <= index < count)
         if wrong:
             raise ValueError(

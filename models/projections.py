@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.layers import Parts
 from models.norm import RMSNorm
-from models.spiking.neurons import Spikes
+from models.spiking.neurons import Spikes, encode
 
 
 class HeadProjections(nn.Module):
@@ -32,17 +32,16 @@ class HeadProjections(nn.Module):
         has_norm = config.qk_norm
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else None
-        self.neuron = parts.build_neuron()
+        self.in_neuron = parts.build_neuron(layers.whole_channels)
+        self.out_neuron = parts.build_neuron(layers.cut_channels)
+        self._enter = layers.enter
 
-    def encode(self, x: Tensor, spikes: Spikes | None, site: str) -> Tensor:
-        """The spiked x, or x itself without a neuron."""
-        if self.neuron is None:
-            return x
-        spiked: Tensor = self.neuron(x, spikes, f"{self.layer}/{site}")
-        return spiked
+    def enter(self, x: Tensor, spikes: Spikes | None) -> Tensor:
+        """Spiked x of the residual stream, as the projections of this rank's heads need it."""
+        return self._enter(encode(self.in_neuron, x, spikes, f"{self.layer}/mixer_in"))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, T, N, H]`, keys and values `[B, T, G, H]` of encoded x `[B, T, D]`."""
+        """Queries `[B, T, N, H]`, keys and values `[B, T, G, H]` of entered x `[B, T, D]`."""
         q = self._heads(self.q_proj(x))
         k = self._heads(self.k_proj(x))
         v = self._heads(self.v_proj(x))
@@ -52,7 +51,8 @@ class HeadProjections(nn.Module):
 
     def combine(self, heads: Tensor, spikes: Spikes | None) -> Tensor:
         """Project head outputs `[B, T, N, H]` back to `[B, T, D]`."""
-        out: Tensor = self.o_proj(self.encode(heads.flatten(2), spikes, "mixer_out"))
+        encoded = encode(self.out_neuron, heads.flatten(2), spikes, f"{self.layer}/mixer_out")
+        out: Tensor = self.o_proj(encoded)
         return out
 
     def _heads(self, flat: Tensor) -> Tensor:

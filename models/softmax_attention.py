@@ -122,7 +122,7 @@ class SoftmaxAttention(HeadProjections):
 
     def attend(self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None = None) -> Tensor:
         """Head outputs `[B, T, N, H]` before the output projection."""
-        q, k, v = self.project(self.encode(x, spikes, "mixer_in"))
+        q, k, v = self.project(self.enter(x, spikes))
         rotation = self._rotary.for_sequence(sequence, x.dtype)
         return self._kernel(
             rotate(q, rotation),
@@ -138,7 +138,7 @@ class SoftmaxAttention(HeadProjections):
     ) -> tuple[Tensor, KeyValueCache]:
         """Mix the next `[B, n, D]` after what `state` holds; changes `state` in place."""
         cache = KeyValueCache(self.window_tokens) if state is None else state
-        q, k, v = self.project(self.encode(x, spikes, "mixer_in"))
+        q, k, v = self.project(self.enter(x, spikes))
         rotation = self._rotary.for_range(cache.num_seen, x.shape[1], x.device, x.dtype)
         keys, values = cache.append(rotate(k, rotation), v)
         # A single query sees everything its cache returns; the slots of a ring are not in order.

@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Shard
 
+from models.layers import ParamLayout
+
 
 @dataclass(eq=False, slots=True)
 class Box:
@@ -161,24 +163,61 @@ def write_items(
     return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
 
 
-def box_of(tensor: Tensor) -> Box:
-    """The box of this rank in a parameter; plain tensors are their own box.
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where this rank's part of one parameter lies: cut over tp first, then by rows over FSDP.
+
+    `num_rows` of the local rows are the global tensor's; what follows is padding (of the
+    vocabulary) that no checkpoint holds.
+    """
+
+    offsets: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    num_rows: int
+
+    def box(self, local: Tensor) -> Box:
+        """The box of a local tensor, which may be a moment or a gradient; shares its memory."""
+        return Box(local[: self.num_rows], self.offsets, self.global_shape)
+
+
+def region_of(tensor: Tensor, layout: ParamLayout | None = None, *, tp_rank: int = 0) -> Region:
+    """Where a parameter's local values belong; a plain tensor without a layout is whole.
 
     FSDP2 cuts dim 0 into equal pieces of `ceil(rows / ranks)`, so that the last ranks may hold
-    fewer rows or none. The box shares memory with the parameter.
+    fewer rows or none.
     """
-    if not isinstance(tensor, DTensor):
-        return Box.whole(tensor.detach())
-    shape = tuple(tensor.shape)
-    with torch.no_grad():
-        local = tensor.to_local()
+    shape = list(tensor.shape)
     offsets = [0] * len(shape)
+    offsets[0] = _first_row(tensor)
+    num_rows = local_of(tensor).shape[0]
+    if layout is None:
+        return Region(tuple(offsets), tuple(shape), num_rows)
+    if layout.tp_dim is not None:
+        offsets[layout.tp_dim] += tp_rank * shape[layout.tp_dim]
+    whole = layout.global_shape
+    offsets[0] = min(offsets[0], whole[0])
+    return Region(tuple(offsets), whole, min(num_rows, whole[0] - offsets[0]))
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """This rank's values of a parameter or gradient, sharing its memory."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    with torch.no_grad():
+        local: Tensor = tensor.to_local()
+    return local
+
+
+def _first_row(tensor: Tensor) -> int:
+    """The first row that FSDP gave this rank, of the tensor that it was given."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    first, rows = 0, tensor.shape[0]
     for axis, placement in enumerate(tensor.placements):
         if isinstance(placement, Shard):
             assert placement.dim == 0, "parameters are sharded by rows"
-            axis_size = tensor.device_mesh.size(axis)
-            rows = -(-shape[0] // axis_size)
-            offsets[0] = min(tensor.device_mesh.get_local_rank(axis) * rows, shape[0])
-            expected = min(rows, shape[0] - offsets[0])
-            assert local.shape[0] == expected, (tuple(local.shape), expected)
-    return Box(local, tuple(offsets), shape)
+            size = -(-rows // tensor.device_mesh.size(axis))
+            first = min(tensor.device_mesh.get_local_rank(axis) * size, rows)
+            held = local_of(tensor).shape[0]
+            assert held == min(size, rows - first), (held, size, first)
+    return first

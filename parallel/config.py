@@ -139,7 +139,8 @@ class ParallelConfig:
                 f"{self.dp_replicate} and dp_shard {self.dp_shard}. Leave them at 1 and null, or "
                 "set parallel.shard to gradients or parameters."
             )
-        if None not in (self.dp, self.dp_shard) and self.dp != self.dp_replicate * self.dp_shard:
+        shards = self.dp_shard
+        if self.dp and shards and self.dp != self.dp_replicate * shards:
             raise ValueError(
                 f"parallel.dp ({self.dp}) must equal dp_replicate x dp_shard: got "
                 f"{self.dp_replicate} x {self.dp_shard}. Leave dp or dp_shard null to derive it."

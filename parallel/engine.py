@@ -1,32 +1,36 @@
-"""The torch engine: FSDP2 behind the verbs of `parallel.engine_protocol`.
+"""The torch engine: tensor parallel layers, FSDP2 and a pipeline behind the engine's verbs.
 
-Owns the model's materialisation, forward and backward over microbatches, gradient checks and the
-update. The loop never learns how many ranks there are; nothing here reads or writes files.
+Owns the model's materialisation, what is collected from ranks after a backward, and the update. The
+loop never learns how ranks are laid out; nothing here reads or writes files.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from models.config import ModelConfig, SpikingConfig
 from models.initialisation import tensor_for
+from models.layers import LayerProvider, ParamLayout
+from models.layouts import parameter_layouts
 from models.model import Model
-from models.sequence import SequenceContext
-from parallel.boxes import Box, box_of
-from parallel.config import Precision, Shard
+from parallel.boxes import Box, local_of
+from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.engine_protocol import Engine, Microbatch, ParamGroup, UpdateRule
-from parallel.fully_sharded import begin_microbatch, master_dtype, release, shard_model
-from parallel.gradients import NonFiniteError, clip, global_norm
+from parallel.fully_sharded import compute_dtype, master_dtype, shard_model
+from parallel.gradients import NonFiniteError, clip, global_norm, missing, number, refuse_missing
 from parallel.local_optimizer import LocalOptimizer
 from parallel.mesh import Mesh
+from parallel.pipeline import PipelineRunner, StageModel
+from parallel.pipeline_cut import StageCut
+from parallel.rank_parameters import RankParameters, global_names
+from parallel.runner import Runner, SequentialRunner, Work
+from parallel.tensor_parallel import TensorParallelLayers
 
 if TYPE_CHECKING:
     from models.kernels import KernelSet
@@ -36,20 +40,24 @@ __all__ = ["Engine", "Microbatch", "NonFiniteError", "ParamGroup", "TorchEngine"
 
 
 class TorchEngine:
-    """FSDP2 over the data-parallel ranks of `mesh`, also when there is one.
+    """The model of one rank under any layout of `mesh`, also of one process.
 
     Args:
         config: the model.
         spiking: neuron at the inputs of projections.
         mesh: this process's place.
+        parallel: shard level, schedule, sequence parallelism.
+        stages: where the layers lie; needed when `mesh` has a pipeline axis.
         precision: compute dtype; parameters at rest are float32 (float64 for fp64).
-        shard: what ranks share out.
         groups: trained parameters; all others are frozen and have no optimizer state.
         rule: update rule and clip norm.
         kernels: attention kernels.
         recompute: blocks whose activations are computed again in the backward pass.
         seed: draws every parameter; None leaves NaN for a checkpoint to fill.
         loss_chunk_tokens: tokens whose logits exist at a time.
+
+    Raises:
+        ValueError: a group that names an unknown parameter, or one parameter twice.
     """
 
     def __init__(  # noqa: PLR0913 - the composition root of an engine
@@ -59,30 +67,44 @@ class TorchEngine:
         mesh: Mesh,
         groups: Sequence[ParamGroup],
         rule: UpdateRule,
+        parallel: ParallelConfig | None = None,
+        stages: Sequence[StageCut] = (),
         spiking: SpikingConfig | None = None,
         precision: Precision = Precision.fp32,
-        shard: Shard = Shard.gradients,
         kernels: KernelSet | None = None,
         recompute: Collection[int] = frozenset(),
         seed: int | None = None,
         loss_chunk_tokens: int = 1024,
     ) -> None:
-        self.mesh, self.shard = mesh, shard
-        self._clip_norm = rule.clip_norm
+        self.mesh, self._clip_norm = mesh, rule.clip_norm
+        layout = ParallelConfig() if parallel is None else parallel
+        layouts = parameter_layouts(config, sequence_parallel=layout.sequence_parallel)
+        _check_known(groups, layouts)
+        here = [stage for stage in stages if stage.pp_rank == mesh.pp_rank]
+        is_pipelined = mesh.pp_size > 1
+        parts = [stage.part for stage in here] if is_pipelined else [None]
         with torch.device("meta"):
-            model = Model(
-                config,
-                spiking=spiking,
-                kernels=kernels,
-                recompute=recompute,
-                loss_chunk_tokens=loss_chunk_tokens,
-            )
-        assert not list(model.buffers()), "a buffer would be lost on the meta device"
-        self.model = model.to(master_dtype(precision))
-        _freeze(self.model, groups)
-        shard_model(self.model, mesh, precision=precision, shard=shard)
+            self.parts: list[Model] = [
+                (StageModel if is_pipelined else Model)(
+                    config,
+                    spiking=spiking,
+                    kernels=kernels,
+                    layers=_provider(mesh, layout),
+                    recompute=recompute,
+                    part=part,
+                    loss_chunk_tokens=loss_chunk_tokens,
+                )
+                for part in parts
+            ]
+        for part in self.parts:
+            assert not list(part.buffers()), "a buffer would be lost on the meta device"
+            part.to(master_dtype(precision))
+            _freeze(part, groups)
+            shard_model(part, mesh, precision=precision, shard=_shard_level(layout, mesh))
+        self._own = RankParameters.of(self.parts, layouts, mesh)
         self._materialise(seed)
-        self._optimizer = LocalOptimizer(dict(self.model.named_parameters()), groups, rule)
+        self._optimizer = LocalOptimizer(self._own.parameters, groups, rule)
+        self._runner = self._build_runner(layout, stages, compute_dtype(precision))
 
     def forward_backward(
         self,
@@ -99,24 +121,24 @@ class TorchEngine:
             spikes: how the neurons fire, None for continuous activations.
 
         Raises:
-            ValueError: ranks that disagree on either number, on every rank alike.
+            ValueError: ranks that disagree on either number, or a trained parameter without a
+                gradient; on every rank alike.
             NonFiniteError: on every rank alike; gradients are dropped, nothing else has changed.
         """
         self._check_agreement(len(microbatches), num_targets)
-        self._drop_gradients()
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for index, microbatch in enumerate(microbatches):
-            begin_microbatch(self.model, shard=self.shard, is_last=index == len(microbatches) - 1)
-            tokens, labels, sequence = self._place(microbatch)
-            loss_sum = self.model(tokens, sequence, labels=labels, spikes=spikes)
-            (loss_sum / num_targets).backward()
-            total += loss_sum.detach()
-        losses = [row[0] for row in self.mesh.gather_numbers((float(total),))]
+        self._own.drop_gradients()
+        total = self._runner.train(microbatches, Work(num_targets, spikes))
+        without = number(missing(self._own.gradients()), self._own.shares())
+        rows = self.mesh.gather_numbers((float(total), without))
+        losses = [row[0] for row in rows]
         for rank, loss in enumerate(losses):
             if not math.isfinite(loss):
-                self._drop_gradients()
+                self._own.drop_gradients()
                 raise NonFiniteError("loss", loss, rank=rank, parameter=None)
-        return sum(losses) / num_targets
+        refuse_missing([row[1] for row in rows], self._own.shares())
+        self._own.complete_gradients()
+        with_loss = self.mesh.ranks_at(pp=self.mesh.pp_size - 1, tp=0)
+        return sum(losses[rank] for rank in with_loss) / num_targets
 
     def clip_and_step(self, lr: float) -> float:
         """Clip, update, forget the gradients.
@@ -131,40 +153,59 @@ class TorchEngine:
             ValueError: a trained parameter without a gradient.
             NonFiniteError: a gradient that is not finite. Nothing has been updated in either case.
         """
-        gradients = self._gradients()
+        gradients = self._own.gradients()
         try:
-            norm = global_norm(gradients, self.mesh)
+            norm = global_norm(gradients, self._own.shares(), self.mesh)
             present = {name: value for name, value in gradients.items() if value is not None}
             clip(list(present.values()), norm, self._clip_norm)
             self._optimizer.update(present, lr)
         finally:
-            self._drop_gradients()
+            self._own.drop_gradients()
         return norm
 
     def token_losses(self, batch: Microbatch, *, spikes: Spikes | None = None) -> Tensor:
         """Loss of each token `[rows, T]` of this rank's rows, 0 where masked, on the CPU."""
-        tokens, labels, sequence = self._place(batch)
         with torch.no_grad():
-            losses: Tensor = self.model.token_losses(tokens, sequence, labels, spikes=spikes)
-        release(self.model)
-        return losses.cpu()
+            return self._runner.token_losses(batch, spikes).cpu()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Sum of small CPU tensors over ranks, in rank order: the same bits on every rank."""
-        if self.mesh.size == 1:
-            return values.clone()
-        parts = [torch.empty_like(values) for _ in range(self.mesh.size)]
-        dist.all_gather(parts, values.contiguous(), group=self.mesh.group)
-        return torch.stack(parts).sum(dim=0)
+        """Sum of small CPU tensors over data-parallel ranks: the same bits on every rank."""
+        return self.agree(values, False)[0]
+
+    def agree(self, values: Tensor, flag: bool) -> tuple[Tensor, bool]:
+        """Sum of `values` over data-parallel ranks, and whether any rank at all raised its flag."""
+        row = torch.cat([values.reshape(-1).double(), torch.tensor([float(flag)])])
+        rows = torch.tensor(self.mesh.gather_numbers(row.tolist()), dtype=torch.float64)
+        total = rows[self.mesh.ranks_at(pp=0, tp=0)].sum(dim=0)
+        return total[:-1].reshape(values.shape), bool(rows[:, -1].any())
+
+    def sum_by_name(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sum float64 tensors of one shape over all ranks, where a rank may lack some names.
+
+        Exact, so equal on every rank and for every layout, for whole numbers below 2^53.
+        """
+        names = sorted({name for names in self.mesh.gather(sorted(values)) for name in names})
+        if not names:
+            return {}
+        zero = torch.zeros_like(next(iter(values.values()))) if values else None
+        shape = next(s for s in self.mesh.gather(None if zero is None else tuple(zero.shape)) if s)
+        table = torch.stack([values.get(name, torch.zeros(shape)).cpu().double() for name in names])
+        if self.mesh.size > 1:
+            table = table.to(self.mesh.device)
+            dist.all_reduce(table, group=self.mesh.group)
+        return dict(zip(names, table.cpu(), strict=True))
 
     @property
     def parameters(self) -> dict[str, Box]:
-        """This rank's part of every parameter, in memory shared with the model."""
-        return {name: box_of(parameter) for name, parameter in self.model.named_parameters()}
+        """This rank's part of every parameter that it holds, in memory shared with the model."""
+        return {name: self._own.box(name) for name in self._own}
 
     def optimizer_state(self) -> dict[str, Box]:
         """This rank's part of the optimizer state as `<state>/<parameter>`, shared likewise."""
-        return self._optimizer.state()
+        return {
+            f"{moment}/{name}": self._own.box(name, values)
+            for moment, name, values in self._optimizer.state()
+        }
 
     @property
     def num_updates(self) -> int:
@@ -178,33 +219,39 @@ class TorchEngine:
     def gradients(self) -> dict[str, Box]:
         """This rank's part of each gradient that exists, between backward and step (for tests)."""
         return {
-            name: box_of(parameter).like(gradient)
-            for name, parameter in self.model.named_parameters()
-            if (gradient := _local(parameter.grad)) is not None
+            name: self._own.box(name, gradient)
+            for name, gradient in self._own.gradients().items()
+            if gradient is not None
         }
 
     def _materialise(self, seed: int | None) -> None:
-        """Give every parameter memory and either its drawn values or NaN."""
-        self.model.to_empty(device=self.mesh.device)
-        layouts = self.model.layouts()
-        for name, parameter in self.model.named_parameters():
-            box = box_of(parameter)
+        """Give every parameter memory and either its drawn values or NaN; padding is 0."""
+        config = self.parts[0].config
+        for part in self.parts:
+            part.to_empty(device=self.mesh.device)
+        for name, parameter in self._own.parameters.items():
+            with torch.no_grad():
+                local_of(parameter).zero_()
+            box = self._own.box(name)
             if seed is None:
                 box.local.fill_(math.nan)
             else:
-                box.fill(tensor_for(name, layouts[name], self.model.config, seed))
+                box.fill(tensor_for(name, self._own.layouts[name], config, seed))
 
-    def _place(self, batch: Microbatch) -> tuple[Tensor, Tensor, SequenceContext]:
-        """Move a batch to the device; boundaries are counted on the CPU first."""
-        device = self.mesh.device
-        sequence = SequenceContext.from_document_ids(batch.document_ids)
-        placed = replace(
-            sequence,
-            positions=sequence.positions.to(device, non_blocking=True),
-            document_ids=sequence.document_ids.to(device, non_blocking=True),
-            cu_seqlens=sequence.cu_seqlens.to(device, non_blocking=True),
+    def _build_runner(
+        self, layout: ParallelConfig, stages: Sequence[StageCut], dtype: torch.dtype
+    ) -> Runner:
+        if self.mesh.pp_size == 1:
+            return SequentialRunner(self.parts[0], shard=layout.shard, device=self.mesh.device)
+        return PipelineRunner(
+            [part for part in self.parts if isinstance(part, StageModel)],
+            [stage.index for stage in stages if stage.pp_rank == self.mesh.pp_rank],
+            num_stages=len(stages),
+            schedule=layout.schedule,
+            mesh=self.mesh,
+            dtype=dtype,
+            token_shares=self.mesh.tp_size if layout.sequence_parallel else 1,
         )
-        return batch.tokens.to(device), batch.labels.to(device), placed
 
     def _check_agreement(self, num_microbatches: int, num_targets: int) -> None:
         """Ranks that disagree would hang in a collective or train on another loss."""
@@ -223,24 +270,32 @@ class TorchEngine:
                 "least 1: this step has nothing to learn from."
             )
 
-    def _gradients(self) -> Mapping[str, Tensor | None]:
-        parameters = dict(self.model.named_parameters())
-        return {name: _local(parameters[name].grad) for name in self._optimizer.names}
 
-    def _drop_gradients(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.grad = None
+def _provider(mesh: Mesh, layout: ParallelConfig) -> LayerProvider | None:
+    """Cut layers where there is a tensor-parallel axis, plain ones otherwise."""
+    if mesh.tp_size == 1:
+        return None
+    return TensorParallelLayers(
+        mesh.tp_group,
+        sequence_parallel=layout.sequence_parallel,
+        vocab_multiple=layout.vocab_multiple,
+    )
 
 
-def _freeze(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
+def _shard_level(layout: ParallelConfig, mesh: Mesh) -> Shard:
+    """zero_bubble loses gradients of resharded parameters without a word (measured; torch 2.13)."""
+    if mesh.pp_size > 1 and layout.schedule is PipelineSchedule.zero_bubble:
+        return Shard.gradients if layout.shard is Shard.parameters else layout.shard
+    return layout.shard
+
+
+def _check_known(groups: Sequence[ParamGroup], layouts: Mapping[str, ParamLayout]) -> None:
+    unknown = [name for group in groups for name in group.names if name not in layouts]
+    if unknown:
+        raise ValueError(f"parameter groups must name parameters of the model: got {unknown[0]}.")
+
+
+def _freeze(part: Model, groups: Sequence[ParamGroup]) -> None:
     trained = {name for group in groups for name in group.names}
-    for name, parameter in model.named_parameters():
+    for name, parameter in global_names(part):
         parameter.requires_grad_(name in trained)
-
-
-def _local(gradient: Tensor | None) -> Tensor | None:
-    """This rank's shard of a gradient, sharing its memory."""
-    if isinstance(gradient, DTensor):
-        local: Tensor = gradient.to_local()
-        return local
-    return gradient

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel.boxes import Box
 
@@ -33,10 +33,6 @@ class Microbatch(Protocol):
 class Engine(Protocol):
     """What a training loop needs. Every method is collective: all ranks call it together."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The sharded model."""
-
     def forward_backward(
         self,
         microbatches: Sequence[Microbatch],
@@ -53,7 +49,13 @@ class Engine(Protocol):
         """Loss of each token `[rows, T]` of this rank's rows, on the CPU, without gradients."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Sum of small CPU tensors over ranks, the same bits on every rank."""
+        """Sum of small CPU tensors over data-parallel ranks, the same bits on every rank."""
+
+    def agree(self, values: Tensor, flag: bool) -> tuple[Tensor, bool]:
+        """Sum of `values` over data-parallel ranks, and whether any rank at all raised its flag."""
+
+    def sum_by_name(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sum tensors of one shape over all ranks, where a rank may lack some names."""
 
     @property
     def parameters(self) -> dict[str, Box]:

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from models.model import Model
 from parallel.config import Precision, Shard
-from parallel.mesh import SHARD_AXIS, Mesh
+from parallel.mesh import Mesh
 
 FLOAT32_MODULES = frozenset(
     {
@@ -41,26 +42,28 @@ def master_dtype(precision: Precision) -> torch.dtype:
     return torch.float64 if precision is Precision.fp64 else torch.float32
 
 
-def shard_model(model: nn.Module, mesh: Mesh, *, precision: Precision, shard: Shard) -> None:
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """Dtype of the residual stream."""
+    return torch.bfloat16 if precision is Precision.bf16 else master_dtype(precision)
+
+
+def shard_model(model: Model, mesh: Mesh, *, precision: Precision, shard: Shard) -> None:
     """Turn a model (on the meta device, or on the mesh's) into FSDP units in place.
 
-    Expects `model.blocks`, and a `token_losses` method beside `forward`. After it, parameters are
-    DTensors that hold this rank's rows; on the meta device they are still to be materialised.
+    After it, parameters are DTensors that hold this rank's rows (of its tensor-parallel share);
+    on the meta device they are still to be materialised.
     """
     options: dict[str, Any] = {
-        "mesh": mesh.device_mesh if shard is Shard.none and mesh.size > 1 else _shard_axis(mesh),
+        "mesh": mesh.fsdp_mesh,
         "reshard_after_forward": shard is Shard.parameters,
     }
     float32, rest = _policies(precision)
-    blocks = getattr(model, "blocks", None)
-    assert isinstance(blocks, nn.ModuleList)
-    for block in blocks:
+    for block in model.blocks:
         if precision is Precision.bf16:
             fully_shard(list(_float32_modules(block)), mp_policy=float32, **options)
         fully_shard(block, mp_policy=rest, **options)
-    if precision is Precision.bf16:
-        outside = [module for name, module in model.named_children() if name in FLOAT32_MODULES]
-        fully_shard(outside, mp_policy=float32, **options)
+    if precision is Precision.bf16 and model.final_norm is not None:
+        fully_shard(model.final_norm, mp_policy=float32, **options)
     # The root's parameters are needed by the first step of the backward pass: keep them gathered.
     fully_shard(model, mp_policy=rest, **{**options, "reshard_after_forward": False})
     for unit in units(model):
@@ -93,10 +96,6 @@ def release(model: nn.Module) -> None:
     """Give up gathered parameters, so that the next pass sees whatever is written into shards."""
     for unit in units(model):
         unit.reshard()
-
-
-def _shard_axis(mesh: Mesh) -> Any:
-    return mesh.device_mesh[SHARD_AXIS]
 
 
 def _policies(precision: Precision) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:

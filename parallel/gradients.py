@@ -8,7 +8,8 @@ before anything changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,34 +35,70 @@ class NonFiniteError(RuntimeError):
         self.rank, self.parameter = rank, parameter
 
 
-def global_norm(gradients: Mapping[str, Tensor | None], mesh: Mesh) -> float:
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What one rank contributes to the global norm.
+
+    `table` names all parameters of the model, so that ranks can speak of one by its number.
+    `counted` are those whose part here no other rank counts too.
+    """
+
+    table: tuple[str, ...]
+    counted: frozenset[str]
+
+
+def global_norm(gradients: Mapping[str, Tensor | None], shares: Shares, mesh: Mesh) -> float:
     """Length of the whole gradient over all parameters and ranks, in float64.
 
     Args:
-        gradients: this rank's shard of each trainable parameter's gradient, in the same order on
-            every rank. An empty shard counts nothing.
-        mesh: replicated shards are counted once.
+        gradients: this rank's part of each gradient that it has a parameter of, complete. An empty
+            one counts nothing.
+        shares: replicated and tied parts are counted once.
+        mesh: all ranks.
 
     Raises:
         ValueError: a parameter without a gradient, on every rank, naming it and the rank.
         NonFiniteError: on every rank alike.
     """
-    names = list(gradients)
-    missing = next((i for i, gradient in enumerate(gradients.values()) if gradient is None), -1)
-    norms = _norms([gradient for gradient in gradients.values() if gradient is not None])
-    wrong = next((i for i, norm in enumerate(norms) if not math.isfinite(norm)), -1)
-    square = math.fsum(norm * norm for norm in norms if math.isfinite(norm))
-    rows = mesh.gather_numbers((square, wrong, missing))
-    for rank, (_, _, index) in enumerate(rows):
-        if index >= 0:
-            raise ValueError(
-                f"{names[int(index)]} must have a gradient after backward: got none on rank "
-                f"{rank}. Freeze it (optimizer.freeze) or use it in the model."
-            )
+    present = {name: value for name, value in gradients.items() if value is not None}
+    norms = dict(zip(present, _norms(list(present.values())), strict=True))
+    wrong = next((name for name, norm in norms.items() if not math.isfinite(norm)), None)
+    square = math.fsum(
+        norm * norm
+        for name, norm in norms.items()
+        if name in shares.counted and math.isfinite(norm)
+    )
+    rows = mesh.gather_numbers((square, number(wrong, shares), number(missing(gradients), shares)))
+    refuse_missing([row[2] for row in rows], shares)
     for rank, (_, index, _) in enumerate(rows):
         if index >= 0:
-            raise NonFiniteError("gradient norm", math.nan, rank=rank, parameter=names[int(index)])
-    return math.sqrt(sum(row[0] for row in rows[: mesh.shard_size]))
+            name = shares.table[int(index)]
+            raise NonFiniteError("gradient norm", math.nan, rank=rank, parameter=name)
+    return math.sqrt(sum(row[0] for row in rows))
+
+
+def missing(gradients: Mapping[str, Tensor | None]) -> str | None:
+    """The first parameter without a gradient."""
+    return next((name for name, gradient in gradients.items() if gradient is None), None)
+
+
+def number(name: str | None, shares: Shares) -> float:
+    """A parameter's number in the table, -1 for none, as something that ranks can exchange."""
+    return -1.0 if name is None else float(shares.table.index(name))
+
+
+def refuse_missing(numbers: Sequence[float], shares: Shares) -> None:
+    """Refuse a gradient that is missing on some rank; `numbers` has one entry a rank.
+
+    Raises:
+        ValueError: naming the parameter and the rank.
+    """
+    for rank, index in enumerate(numbers):
+        if index >= 0:
+            raise ValueError(
+                f"{shares.table[int(index)]} must have a gradient after backward: got none on rank "
+                f"{rank}. Freeze it (optimizer.freeze) or use it in the model."
+            )
 
 
 def clip(gradients: list[Tensor], norm: float, max_norm: float | None) -> None:

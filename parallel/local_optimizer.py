@@ -1,7 +1,7 @@
-"""AdamW or SGD on this rank's plain shards, its state as boxes, its counter as a number.
+"""AdamW or SGD on this rank's plain shards, with its state as tensors and its counter as a number.
 
-Works on views of the sharded parameters instead of DTensors: one fused call, and moments whose
-place in the global tensor is known. Knows neither gradients' communication nor files.
+Works on views of the sharded parameters instead of DTensors: one fused call, and moments that lie
+where their parameter lies. Knows neither gradients' communication nor files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel.boxes import Box, box_of
+from parallel.boxes import local_of
 from parallel.engine_protocol import ParamGroup, UpdateRule
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -22,12 +22,13 @@ class LocalOptimizer:
     """The update of all groups. Moments exist from the start, so that a checkpoint can fill them.
 
     Args:
-        parameters: every parameter by name; those in no group must not require gradients.
-        groups: names, weight decay and learning-rate factor.
+        parameters: this rank's parameters by name; those in no group must not require gradients.
+        groups: names, weight decay and learning-rate factor; names that this rank does not have
+            are another pipeline stage's.
         rule: AdamW or SGD and its constants.
 
     Raises:
-        ValueError: a group that names an unknown parameter, or one parameter twice.
+        ValueError: one parameter in two groups.
     """
 
     def __init__(
@@ -36,15 +37,19 @@ class LocalOptimizer:
         groups: Sequence[ParamGroup],
         rule: UpdateRule,
     ) -> None:
-        trained = [name for group in groups for name in group.names]
-        _check_names(trained, parameters)
+        trained = [name for group in groups for name in group.names if name in parameters]
+        _check_once(trained)
         self._parameters = {name: parameters[name] for name in trained}
-        self._shards = {name: box_of(parameters[name]).local for name in trained}
+        self._shards = {name: local_of(parameters[name]) for name in trained}
         self._has_moments = rule.name.value == "adamw"
         # An empty shard (more ranks than rows) has nothing to update.
         arguments = [
             {
-                "params": [self._shards[n] for n in group.names if self._shards[n].numel()],
+                "params": [
+                    self._shards[name]
+                    for name in group.names
+                    if name in self._shards and self._shards[name].numel()
+                ],
                 "weight_decay": group.weight_decay,
                 "lr_factor": group.lr_factor,
             }
@@ -78,7 +83,7 @@ class LocalOptimizer:
         """Apply one update with this rank's shards of the gradients."""
         for name, shard in self._shards.items():
             # FSDP may move a shard into padded storage; the optimizer keeps the same tensor object.
-            shard.data = box_of(self._parameters[name]).local
+            shard.data = local_of(self._parameters[name])
             shard.grad = gradients[name]
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -87,15 +92,11 @@ class LocalOptimizer:
         for shard in self._shards.values():
             shard.grad = None
 
-    def state(self) -> dict[str, Box]:
-        """Moments as `<moment>/<parameter>` boxes that share memory with the optimizer."""
-        return dict(self._state_items())
-
-    def _state_items(self) -> Iterator[tuple[str, Box]]:
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Each (moment, parameter, values), the values in memory shared with the optimizer."""
         for name, moments in self._moments.items():
-            box = box_of(self._parameters[name])
             for moment, values in moments.items():
-                yield f"{moment}/{name}", box.like(values)
+                yield moment, name, values
 
     def _create_moments(self) -> None:
         """Give each shard AdamW's state as torch would on its first step."""
@@ -111,10 +112,7 @@ class LocalOptimizer:
             self._optimizer.state[shard] = {"step": step, **moments}
 
 
-def _check_names(trained: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> None:
-    unknown = [name for name in trained if name not in parameters]
-    if unknown:
-        raise ValueError(f"parameter groups must name parameters of the model: got {unknown[0]}.")
+def _check_once(trained: Sequence[str]) -> None:
     if len(set(trained)) != len(trained):
         twice = next(name for name in trained if trained.count(name) > 1)
         raise ValueError(f"parameter groups must hold each parameter once: got {twice} twice.")

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
-REPLICATE_AXIS = "dp_replicate"
-SHARD_AXIS = "dp_shard"
+AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+"""Mesh axes from the outermost to the innermost: ranks next to each other share a tp group."""
 
 
 class RankError(RuntimeError):
@@ -33,18 +33,26 @@ class RankError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Mesh:
-    """This process's place. `device_mesh` has the axes dp_replicate x dp_shard.
+class Place:
+    """A rank's coordinates on the axes."""
 
-    `group` is the group of all data-parallel ranks. With shard=none every rank replicates all
-    parameters (dp_shard 1), otherwise they are sharded over all of them (dp_replicate 1).
+    pp: int
+    dp_replicate: int
+    dp_shard: int
+    tp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """This process's place. `device_mesh` has the axes `AXES`, `group` is that of all ranks.
+
+    Parameters are sharded over dp_shard and replicated over dp_replicate; with shard=none that is
+    all of dp. Data-parallel ranks see different rows, the others the same ones.
     """
 
     rank: int
     size: int
     local_rank: int
-    dp_rank: int
-    dp_size: int
     device: torch.device
     device_mesh: DeviceMesh
     group: dist.ProcessGroup
@@ -56,14 +64,77 @@ class Mesh:
         return self.rank == 0
 
     @property
-    def shard_rank(self) -> int:
-        """Position on the dp_shard axis."""
-        return int(self.device_mesh.get_local_rank(SHARD_AXIS))
+    def pp_rank(self) -> int:
+        """Position on the pipeline axis."""
+        return self._rank("pp")
+
+    @property
+    def pp_size(self) -> int:
+        """Ranks that the layers are cut over."""
+        return self._size("pp")
+
+    @property
+    def tp_rank(self) -> int:
+        """Position on the tensor-parallel axis."""
+        return self._rank("tp")
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that heads, channels and vocabulary are cut over."""
+        return self._size("tp")
+
+    @property
+    def dp_rank(self) -> int:
+        """Position among the ranks that see different rows."""
+        return self.replicate_rank * self.shard_size + self._rank("dp_shard")
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks that see different rows."""
+        return self._size("dp_replicate") * self.shard_size
+
+    @property
+    def replicate_rank(self) -> int:
+        """Which copy of the sharded parameters this rank has a part of."""
+        return self._rank("dp_replicate")
 
     @property
     def shard_size(self) -> int:
         """Ranks that share out one copy of the parameters."""
-        return int(self.device_mesh[SHARD_AXIS].size())
+        return self._size("dp_shard")
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """The ranks of the tensor-parallel axis."""
+        return self.device_mesh.get_group("tp")
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        """The ranks of the pipeline axis."""
+        return self.device_mesh.get_group("pp")
+
+    @property
+    def fsdp_mesh(self) -> DeviceMesh:
+        """What parameters are sharded over, after the axis that they are replicated over."""
+        if self._size("dp_replicate") > 1:
+            return self.device_mesh["dp_replicate", "dp_shard"]
+        return self.device_mesh["dp_shard"]
+
+    def place_of(self, rank: int) -> Place:
+        """Coordinates of any rank."""
+        found = (self.device_mesh.mesh == rank).nonzero()[0].tolist()
+        return Place(*found)
+
+    def ranks_at(self, *, pp: int, tp: int) -> list[int]:
+        """The data-parallel ranks at one pp and tp coordinate, in order."""
+        ranks: list[int] = self.device_mesh.mesh[pp, :, :, tp].flatten().tolist()
+        return ranks
+
+    def _rank(self, axis: str) -> int:
+        return int(self.device_mesh.get_local_rank(axis))
+
+    def _size(self, axis: str) -> int:
+        return int(self.device_mesh.size(AXES.index(axis)))
 
     def gather(self, value: Value) -> list[Value]:
         """Small picklable values of all ranks, in rank order, on every rank."""
@@ -134,26 +205,49 @@ def init(
     owns = not dist.is_initialized()
     if not owns:
         rank, size = dist.get_rank(), dist.get_world_size()
-    if config.dp is not None and config.dp != size:
-        raise ValueError(
-            f"parallel.dp ({config.dp}) must equal the number of processes: got {size}. Start "
-            f"{config.dp} (torchrun --nproc-per-node {config.dp}), or set parallel.dp={size} or "
-            "null."
-        )
+    sizes = axis_sizes(config, size)
     device = backend.device(local_rank)
     if owns:
         _join(backend.collective_backend, rank=rank, size=size, device=device)
-    replicate = size if config.shard is Shard.none else 1
-    device_mesh = init_device_mesh(
-        backend.device_type,
-        (replicate, size // replicate),
-        mesh_dim_names=(REPLICATE_AXIS, SHARD_AXIS),
-    )
+    device_mesh = init_device_mesh(backend.device_type, sizes, mesh_dim_names=AXES)
     assert dist.group.WORLD is not None
     return Mesh(
-        rank=rank, size=size, local_rank=local_rank, dp_rank=rank, dp_size=size, device=device,
-        device_mesh=device_mesh, group=dist.group.WORLD, owns_process_group=owns,
+        rank=rank, size=size, local_rank=local_rank, device=device, device_mesh=device_mesh,
+        group=dist.group.WORLD, owns_process_group=owns,
     )  # fmt: skip
+
+
+def axis_sizes(config: ParallelConfig, num_processes: int) -> tuple[int, int, int, int]:
+    """Sizes of `AXES` for so many processes.
+
+    Raises:
+        ValueError: axes whose product is another number, naming what to change.
+    """
+    model_ranks = config.pp * config.tp
+    dp, rest = divmod(num_processes, model_ranks)
+    if rest or dp == 0:
+        raise ValueError(
+            f"parallel.pp x parallel.tp ({config.pp} x {config.tp}) must divide the number of "
+            f"processes: got {num_processes}. Start a multiple of {model_ranks} (torchrun "
+            f"--nproc-per-node {model_ranks}), or change parallel.pp or parallel.tp."
+        )
+    shards = config.dp_shard
+    wanted = config.dp if shards is None else config.dp_replicate * shards
+    if wanted is not None and wanted != dp:
+        needed = wanted * model_ranks
+        raise ValueError(
+            f"parallel.dp ({wanted}) must equal the number of processes: got {num_processes}"
+            f"{f' / (pp {config.pp} x tp {config.tp})' if model_ranks > 1 else ''}. Start "
+            f"{needed} (torchrun --nproc-per-node {needed}), or set parallel.dp={dp} or null."
+        )
+    if config.shard is Shard.none:
+        return config.pp, dp, 1, config.tp
+    if dp % config.dp_replicate:
+        raise ValueError(
+            f"parallel.dp_replicate ({config.dp_replicate}) must divide parallel.dp: got {dp}. "
+            "Change one of them, or the number of processes."
+        )
+    return config.pp, config.dp_replicate, dp // config.dp_replicate, config.tp
 
 
 def close(mesh: Mesh) -> None:

@@ -6,7 +6,6 @@ import logging
 
 import torch
 
-from models.cost import parameter_count
 from models.layouts import parameter_layouts
 from parallel.backend.base import Backend
 from parallel.config import Precision, Recompute
@@ -14,6 +13,7 @@ from parallel.engine import TorchEngine
 from parallel.engine_protocol import ParamGroup
 from parallel.mesh import Mesh
 from training.config import RunConfig, TrainingConfig
+from training.layout import cut_stages, layout_lines
 from training.metrics import Throughput
 from training.optimizer import build_groups
 from training.origin import Origin
@@ -43,7 +43,8 @@ def build_engine(config: RunConfig, backend: Backend, mesh: Mesh, origin: Origin
         rule=config.optimizer,
         spiking=config.spiking,
         precision=config.training.precision,
-        shard=config.parallel.shard,
+        parallel=config.parallel,
+        stages=cut_stages(config),
         kernels=backend.kernels(),
         recompute=recomputed_blocks(config.training, config.model.num_hidden_layers),
         seed=None if origin.resume is not None else config.seed,
@@ -75,14 +76,8 @@ def describe(config: RunConfig, backend: Backend, mesh: Mesh) -> None:
     """Log what will be trained, on what."""
     for line in backend.explain():
         logger.info("%s", line)
-    logger.info(
-        "%s | %s parameters | %s, dp %d, shard %s",
-        config.model.layers.describe(),
-        f"{parameter_count(config.model):,}",
-        config.training.precision.value,
-        mesh.dp_size,
-        config.parallel.shard.value,
-    )
+    for line in layout_lines(config, mesh, cut_stages(config)):
+        logger.info("%s", line)
 
 
 def _describe_groups(groups: list[ParamGroup], num_names: int) -> None:

@@ -17,12 +17,13 @@ from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.engine_setup import build_engine, describe, memory_bytes, throughput
 from training.heldout import HeldOut
+from training.layout import check_layout
 from training.loop import Loop
 from training.origin import find_origin, restore
 from training.resolved_config import check_unchanged
 from training.run_folder import CONFIG, held, open_folder
 from training.stage_data import open_data
-from training.stages import build_plan, check_rows
+from training.stages import build_plan
 from training.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def run(config: RunConfig) -> bool:
     backend = detect(config.backend)
     run_dir = Path(config.run_dir)
     with joined(backend, config) as mesh, held(run_dir, mesh):
-        check_rows(plan, dp_size=mesh.dp_size, microbatch_rows=config.training.microbatch_rows)
+        check_layout(config, plan, dp_size=mesh.dp_size)
         describe(config, backend, mesh)
         data = open_data(plan, config, mesh)
         origin = find_origin(config, data, mesh)

@@ -64,9 +64,9 @@ class Stepper:
         tokens = rows.tokens.numel()
         full = mean_visible(lengths) * tokens
         window = mean_visible(lengths, self.window_tokens) * tokens
-        counts = [float((rows.labels >= 0).sum()), full, window, float(stop)]
-        total = self.engine.sum_over_ranks(torch.tensor(counts, dtype=torch.float64)).tolist()
-        return Agreement(round(total[0]), Visible(total[1], total[2]), total[3] > 0)
+        counts = [float((rows.labels >= 0).sum()), full, window]
+        total, must_stop = self.engine.agree(torch.tensor(counts, dtype=torch.float64), stop)
+        return Agreement(round(float(total[0])), Visible(*total[1:].tolist()), must_stop)
 
     def step(
         self, state: TrainState, stage: Stage, work: Work
@@ -119,9 +119,7 @@ class Stepper:
 
     def _spike_statistics(self, recorder: SpikeRecorder | None) -> dict[str, float]:
         """Statistics of all ranks as `spike/<layer>/<site>/<metric>`. Collective when recorded."""
-        local = {} if recorder is None else recorder.tensors()
-        if recorder is None or not local:
+        if recorder is None:
             return {}
-        summed = self.engine.sum_over_ranks(torch.stack(list(local.values())).cpu())
-        recorder.load(dict(zip(local, summed, strict=True)))
+        recorder.load(self.engine.sum_by_name(recorder.tensors()))
         return {f"spike/{name}": value for name, value in recorder.summary().items()}

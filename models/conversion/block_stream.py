@@ -68,7 +68,7 @@ class BlockStream:
             layers=layers,
             kernels=kernels or default_kernels(),
             rotary=Rotary(config),
-            build_neuron=lambda: None,
+            build_neuron=lambda _channels: None,
         )
 
     def embed(self, rows: SampleRows) -> list[Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from models.spiking.channels import WHOLE_ROWS, TokenShare
 from models.spiking.recorder import SpikeRecorder
 
 
@@ -23,10 +24,16 @@ class CountCapture(SpikeRecorder):
 
     @torch.no_grad()
     def record_activations(
-        self, layer_site: str, x: Tensor, threshold: Tensor, *, max_count: int | None = None
+        self,
+        layer_site: str,
+        x: Tensor,
+        threshold: Tensor,
+        *,
+        max_count: int | None = None,
+        share: TokenShare = WHOLE_ROWS,
     ) -> None:
         """Keep the counts of x `[..., D]` if the site was asked for."""
-        super().record_activations(layer_site, x, threshold, max_count=max_count)
+        super().record_activations(layer_site, x, threshold, max_count=max_count, share=share)
         if self.is_paused or layer_site not in self._sites:
             return
         counts = torch.div(x, threshold).round_().reshape(-1, x.shape[-1])

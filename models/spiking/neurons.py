@@ -17,7 +17,6 @@ as identity in the backward pass (a clip too).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from models.config import NeuronKind, SpikingConfig, ThresholdGrad
+from models.spiking.channels import WHOLE_CHANNELS, Channels
 from models.spiking.recorder import SpikeRecorder
 
 MIN_THRESHOLD = 1e-5
 MAX_THRESHOLD = 1e4
-
-ChannelMeanAbs = Callable[[Tensor], Tensor]
-"""Maps `[..., D]` to the mean of |x| over all channels `[..., 1]`, in at least float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +43,14 @@ class Spikes:
     recorder: SpikeRecorder | None = None
 
 
-def mean_abs(x: Tensor) -> Tensor:
-    """Mean of |x| over the last dim, `[..., D]` to `[..., 1]`, in at least float32."""
-    # Twice as fast on CPU as vector_norm(ord=1), one pass more on a GPU.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.abs().mean(dim=-1, keepdim=True, dtype=dtype)
-
-
 class AdaptiveThreshold(nn.Module):
-    """Spikes `[..., D]` activations with one threshold a token; has no parameters.
+    """Spikes `[..., D]` activations with one threshold a token; has no parameters."""
 
-    `channel_mean_abs` is the layer provider's. Where channels are sharded it must also sum the
-    gradient of the mean over the shards, or `threshold_grad=through` sees only local channels.
-    """
-
-    def __init__(self, config: SpikingConfig, *, channel_mean_abs: ChannelMeanAbs) -> None:
+    def __init__(self, config: SpikingConfig, channels: Channels = WHOLE_CHANNELS) -> None:
         super().__init__()
         self.max_count = config.max_count
         self.threshold_grad = config.threshold_grad
-        self._channel_mean_abs = channel_mean_abs
+        self._channels = channels
 
     def forward(self, x: Tensor, spikes: Spikes | None, site: str) -> Tensor:
         """Return the spiked x, same shape and dtype; `site` is `<layer>/<site>` for statistics."""
@@ -75,8 +61,10 @@ class AdaptiveThreshold(nn.Module):
         else:
             with torch.no_grad():
                 threshold = self.threshold(x, spikes.k)
-        if spikes.recorder is not None:
-            spikes.recorder.record_activations(site, x, threshold, max_count=self.max_count)
+        if spikes.recorder is not None and self._channels.is_counted:
+            spikes.recorder.record_activations(
+                site, x, threshold, max_count=self.max_count, share=self._channels.share
+            )
         if spikes.blend == 0.0:
             return x
         spiked: Tensor = _Spike.apply(  # type: ignore[no-untyped-call]
@@ -86,7 +74,7 @@ class AdaptiveThreshold(nn.Module):
 
     def threshold(self, x: Tensor, k: float) -> Tensor:
         """V `[..., 1]` of equation 19 in at least float32, within the bounds of the report."""
-        return (self._channel_mean_abs(x) / k).clamp(MIN_THRESHOLD, MAX_THRESHOLD)
+        return (self._channels.mean_abs(x) / k).clamp(MIN_THRESHOLD, MAX_THRESHOLD)
 
     @torch.no_grad()
     def encode(self, x: Tensor, k: float) -> tuple[Tensor, Tensor]:
@@ -102,11 +90,21 @@ class AdaptiveThreshold(nn.Module):
         return f"max_count={self.max_count}, threshold_grad={self.threshold_grad.value}"
 
 
-def build_neuron(config: SpikingConfig, channel_mean_abs: ChannelMeanAbs) -> nn.Module | None:
+def build_neuron(
+    config: SpikingConfig, channels: Channels = WHOLE_CHANNELS
+) -> AdaptiveThreshold | None:
     """Build the configured neuron, or None when spiking is off."""
     if config.neuron is NeuronKind.off:
         return None
-    return AdaptiveThreshold(config, channel_mean_abs=channel_mean_abs)
+    return AdaptiveThreshold(config, channels)
+
+
+def encode(neuron: nn.Module | None, x: Tensor, spikes: Spikes | None, site: str) -> Tensor:
+    """The spiked x, or x itself without a neuron."""
+    if neuron is None:
+        return x
+    spiked: Tensor = neuron(x, spikes, site)
+    return spiked
 
 
 def _counts(x: Tensor, threshold: Tensor, max_count: int | None) -> Tensor:

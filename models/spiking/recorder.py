@@ -26,6 +26,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from models.spiking.channels import WHOLE_ROWS, TokenShare
+
 WINDOW_STEPS = 3
 NUM_WINDOWS = 3
 NUM_STEPS = WINDOW_STEPS * NUM_WINDOWS
@@ -58,12 +60,21 @@ class SpikeRecorder:
 
     @torch.no_grad()
     def record_activations(
-        self, layer_site: str, x: Tensor, threshold: Tensor, *, max_count: int | None = None
+        self,
+        layer_site: str,
+        x: Tensor,
+        threshold: Tensor,
+        *,
+        max_count: int | None = None,
+        share: TokenShare = WHOLE_ROWS,
     ) -> None:
-        """Sample tokens of x `[..., D]` with thresholds `[..., 1]` and record their counts."""
+        """Sample tokens of x `[..., D]` with thresholds `[..., 1]` and record their counts.
+
+        With a `share` of the tokens, x `[B, T, D]` gives those of the sampled ones that it holds.
+        """
         if self.is_paused:
             return
-        sampled, thresholds = self._sample(x), self._sample(threshold)
+        sampled, thresholds = self._sample(x, share), self._sample(threshold, share)
         self._accumulate(layer_site, torch.div(sampled, thresholds).round_(), max_count)
 
     @torch.no_grad()
@@ -108,11 +119,19 @@ class SpikeRecorder:
             for metric, value in metrics(row).items()
         }
 
-    def _sample(self, x: Tensor) -> Tensor:
-        """Evenly spaced tokens, centred, as a view `[at most num_tokens, channels]`."""
+    def _sample(self, x: Tensor, share: TokenShare = WHOLE_ROWS) -> Tensor:
+        """Evenly spaced tokens, centred, as `[at most num_tokens, channels]`; a view if whole."""
         rows = x.reshape(-1, x.shape[-1])
-        step = -(-rows.shape[0] // self.num_tokens) or 1
-        return rows[(step - 1) // 2 :: step]
+        step = -(-rows.shape[0] * share.count // self.num_tokens) or 1
+        first = (step - 1) // 2
+        if share.count == 1:
+            return rows[first::step]
+        held = x.shape[-2]
+        tokens = torch.arange(first, rows.shape[0] * share.count, step)
+        row, position = tokens // (held * share.count), tokens % (held * share.count)
+        is_here = position // held == share.index
+        index = row * held + position % held
+        return rows[index[is_here].to(rows.device)]
 
     def _accumulate(self, layer_site: str, counts: Tensor, max_count: int | None) -> None:
         magnitudes = counts.abs_().reshape(-1)

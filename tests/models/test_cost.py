@@ -72,6 +72,17 @@ def test_flops_equal_a_count_by_hand() -> None:
     assert cost.flops_per_token(config, 5.5, 2.5, linear_chunk_tokens=8) == expected
 
 
+def test_costs_of_parts_are_those_of_a_count_by_hand() -> None:
+    config = ModelConfig(
+        vocab_size=10, hidden_size=4, intermediate_size=6, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=2, mixers="F _", ffns="d*2",
+    )  # fmt: skip
+    parts = cost.flops_by_part(config, 5.0, 0.0)
+    assert parts.layers == (3 * (2 * (16 + 8 + 8 + 16 + 72) + 4 * 5 * 4), 3 * 2 * 72)
+    assert (parts.embedding, parts.head) == (0.0, 3 * 2 * 40)
+    assert parts.total == cost.flops_per_token(config, 5.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("lengths", "window"), [([1], None), ([7], None), ([7, 3, 1], None), ([7, 3, 1], 3), ([2], 100)]
 )

@@ -67,7 +67,7 @@ def test_head_losses_are_shaped_like_labels_and_add_up() -> None:
 def test_the_channel_mean_is_in_at_least_float32() -> None:
     x = torch.full((2, 1024), -1.0, dtype=torch.bfloat16)
     x[:, 0] = 5.0
-    mean = LocalLayers().channel_mean_abs(x)
+    mean = LocalLayers().cut_channels.mean_abs(x)
     assert mean.dtype == torch.float32
     assert_close(mean, torch.full((2, 1), 1028 / 1024))
-    assert LocalLayers().channel_mean_abs(x.double()).dtype == torch.float64
+    assert LocalLayers().whole_channels.mean_abs(x.double()).dtype == torch.float64

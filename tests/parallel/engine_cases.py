@@ -20,7 +20,7 @@ from models.model import Model
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
 from parallel.boxes import Box
-from parallel.config import Precision, Shard
+from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import ParamGroup, TorchEngine
 from parallel.mesh import Mesh
 
@@ -152,7 +152,7 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
         rule=case.rule,
         spiking=spiking_of(case),
         precision=case.precision,
-        shard=case.shard,
+        parallel=ParallelConfig(shard=case.shard),
         recompute=frozenset({0, 1}) if case.recompute else frozenset(),
         seed=seed,
         loss_chunk_tokens=16,

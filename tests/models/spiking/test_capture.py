@@ -6,13 +6,11 @@ import torch
 
 from models.config import NeuronKind, SpikingConfig
 from models.spiking.capture import CountCapture
-from models.spiking.neurons import AdaptiveThreshold, Spikes, mean_abs
+from models.spiking.neurons import AdaptiveThreshold, Spikes
 
 
 def test_keeps_the_counts_of_chosen_sites_in_order() -> None:
-    neuron = AdaptiveThreshold(
-        SpikingConfig(neuron=NeuronKind.adaptive, max_count=4), channel_mean_abs=mean_abs
-    )
+    neuron = AdaptiveThreshold(SpikingConfig(neuron=NeuronKind.adaptive, max_count=4))
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     capture = CountCapture(["0/ffn_in"])
     for part in x:

@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.config import NeuronKind, SpikingConfig, ThresholdGrad
+from models.spiking.channels import Channels, mean_abs
 from models.spiking.neurons import (
     MAX_THRESHOLD,
     MIN_THRESHOLD,
     AdaptiveThreshold,
     Spikes,
     build_neuron,
-    mean_abs,
 )
 from models.spiking.recorder import SpikeRecorder
 
 
 def neuron(**overrides: object) -> AdaptiveThreshold:
     config = SpikingConfig(neuron=NeuronKind.adaptive, **overrides)  # type: ignore[arg-type]
-    built = build_neuron(config, mean_abs)
+    built = build_neuron(config)
     assert isinstance(built, AdaptiveThreshold)
     return built
 
@@ -44,7 +44,7 @@ def defined_spike(x: Tensor, k: float, blend: float, max_count: int | None) -> T
 
 
 def test_off_builds_no_neuron() -> None:
-    assert build_neuron(SpikingConfig(), mean_abs) is None
+    assert build_neuron(SpikingConfig()) is None
 
 
 def test_no_spikes_passes_the_same_tensor_on() -> None:
@@ -76,7 +76,7 @@ def test_counts_and_threshold_follow_the_equations(k: float) -> None:
 
 def test_halves_round_to_even() -> None:
     built = AdaptiveThreshold(
-        SpikingConfig(neuron=NeuronKind.adaptive), channel_mean_abs=lambda x: torch.ones(1, 1)
+        SpikingConfig(neuron=NeuronKind.adaptive), Channels(mean_abs=lambda x: torch.ones(1, 1))
     )
     counts, _ = built.encode(torch.tensor([[0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5]]), 1.0)
     assert counts.tolist() == [[0, 2, 2, 4, 0, -2, -2]]
@@ -168,7 +168,7 @@ def test_threshold_is_the_mean_over_all_channels_when_they_are_sharded() -> None
     whole, _ = neuron().encode(x, 3.0)
     mean = mean_abs(x)
     sharded = AdaptiveThreshold(
-        SpikingConfig(neuron=NeuronKind.adaptive), channel_mean_abs=lambda shard: mean
+        SpikingConfig(neuron=NeuronKind.adaptive), Channels(mean_abs=lambda shard: mean)
     )
     parts = [sharded.encode(shard, 3.0)[0] for shard in x.split([4, 8], dim=-1)]
     assert torch.equal(torch.cat(parts, dim=-1), whole)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from models.config import NeuronKind, SpikingConfig
 from models.spiking.codes import SpikeCode, expand
-from models.spiking.neurons import Spikes, build_neuron, mean_abs
+from models.spiking.neurons import Spikes, build_neuron
 from models.spiking.recorder import METRICS, NUM_BINS, SpikeRecorder
 
 
 def gaussian_summary(k: float, *, tokens: int = 512, channels: int = 4096) -> dict[str, float]:
     x = torch.randn(tokens, channels, generator=torch.Generator().manual_seed(7))
-    neuron = build_neuron(SpikingConfig(neuron=NeuronKind.adaptive), mean_abs)
+    neuron = build_neuron(SpikingConfig(neuron=NeuronKind.adaptive))
     assert neuron is not None
     recorder = SpikeRecorder(tokens)
     neuron(x, Spikes(k, recorder=recorder), "0/s")

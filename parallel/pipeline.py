@@ -1,0 +1,185 @@
+"""Pipeline stages and their schedules, on `torch.distributed.pipelining`.
+
+torch sends activations and gradients between stages and orders the work; here the model is cut,
+every stage finds its own labels and documents (microbatches travel as nothing but the residual
+stream), the loss stays inside the last stage, and gradients are sums. Shapes are given, because
+torch would find them by one extra real forward pass, which counts spikes twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+
+from models.model import Model
+from parallel.config import PipelineSchedule
+from parallel.engine_protocol import Microbatch
+from parallel.fully_sharded import release
+from parallel.mesh import Mesh
+from parallel.runner import Placed, Work
+
+if TYPE_CHECKING:
+    from models.spiking.neurons import Spikes
+
+SCHEDULES: dict[PipelineSchedule, Any] = {
+    PipelineSchedule.gpipe: ScheduleGPipe,
+    PipelineSchedule.one_f_one_b: Schedule1F1B,
+    PipelineSchedule.interleaved: ScheduleInterleaved1F1B,
+    PipelineSchedule.zero_bubble: ScheduleInterleavedZeroBubble,
+}
+ONE_STAGE_A_RANK = frozenset({PipelineSchedule.gpipe, PipelineSchedule.one_f_one_b})
+
+
+class StageModel(Model):
+    """A part of the model as torch's pipelining calls it: with the residual stream alone.
+
+    Microbatches pass a stage in order, once each, so a counter finds what belongs to one.
+    """
+
+    _microbatches: Sequence[Placed] = ()
+    _work: Work | None = None
+    _next = 0
+
+    def begin(self, microbatches: Sequence[Placed], work: Work) -> None:
+        """Say what the coming step works on."""
+        self._microbatches, self._work, self._next = microbatches, work, 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=microbatches[0].tokens.device)
+
+    def end(self) -> Tensor:
+        """Forget the step; returns the summed loss, 0 for a stage without the head."""
+        count, self._microbatches, self._work = len(self._microbatches), (), None
+        assert self._next == count, f"{self._next} forward passes for {count} microbatches"
+        return self.loss_sum
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Tokens or residual stream to residual stream, or to the loss over all targets."""
+        assert self._work is not None, "begin comes first"
+        placed = self._microbatches[self._next]
+        self._next += 1
+        out = super().forward(x, placed.sequence, labels=placed.labels, spikes=self._work.spikes)
+        if self.part.has_head:
+            self.loss_sum += out.detach()
+            out = out / self._work.num_targets
+        # A stage with nothing to train still has to answer with a gradient.
+        return out if out.requires_grad else out.requires_grad_()
+
+
+class PipelineRunner:
+    """Runs this rank's stages; `parallel.runner.Runner`.
+
+    Args:
+        stages: this rank's parts of the model, in order, after they were sharded.
+        numbers: which stages of all they are.
+        num_stages: of all ranks.
+        schedule: order of microbatches.
+        mesh: this rank's place.
+        dtype: of the residual stream.
+        token_shares: pieces that the stream's tokens are cut into (sequence parallelism).
+    """
+
+    def __init__(  # noqa: PLR0913 - everything that a schedule depends on
+        self,
+        stages: Sequence[StageModel],
+        numbers: Sequence[int],
+        *,
+        num_stages: int,
+        schedule: PipelineSchedule,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        token_shares: int = 1,
+    ) -> None:
+        self._stages, self._numbers, self._num_stages = stages, numbers, num_stages
+        self._schedule, self._mesh = schedule, mesh
+        self._dtype, self._token_shares = dtype, token_shares
+        self._built: tuple[tuple[int, int, int], Any] | None = None
+
+    def train(self, microbatches: Sequence[Microbatch], work: Work) -> Tensor:
+        """See `parallel.runner.Runner`."""
+        placed = [Placed.on(microbatch, self._mesh.device) for microbatch in microbatches]
+        schedule = self._schedule_for(placed)
+        for stage in self._stages:
+            stage.begin(placed, work)
+        inputs = [torch.cat([p.tokens for p in placed])] if self._numbers[0] == 0 else []
+        # The loss function is given a target for each microbatch; the stage has its own.
+        target = torch.zeros(len(placed), device=self._mesh.device)
+        schedule.step(*inputs, target=target, return_outputs=False)
+        return torch.stack([stage.end() for stage in self._stages]).sum()
+
+    @torch.no_grad()
+    def token_losses(self, batch: Microbatch, spikes: Spikes | None) -> Tensor:
+        """See `parallel.runner.Runner`. One microbatch at a time: each stage waits for the last."""
+        placed = Placed.on(batch, self._mesh.device)
+        losses = torch.zeros(placed.labels.shape, device=self._mesh.device)
+        for stage, number in zip(self._stages, self._numbers, strict=True):
+            x = placed.tokens if number == 0 else self._receive(placed, number - 1)
+            out = stage.token_losses(x, placed.sequence, placed.labels, spikes=spikes)
+            release(stage)
+            if number < self._num_stages - 1:
+                dist.send(out, self._peer(number + 1), group=self._mesh.pp_group)
+            else:
+                losses = out
+        last = self._peer(self._num_stages - 1)
+        losses = losses.to(torch.promote_types(self._dtype, torch.float32))
+        dist.broadcast(losses, last, group=self._mesh.pp_group)
+        return losses
+
+    def _receive(self, placed: Placed, number: int) -> Tensor:
+        x = torch.empty(self._stream_shape(placed), dtype=self._dtype, device=self._mesh.device)
+        dist.recv(x, self._peer(number), group=self._mesh.pp_group)
+        return x
+
+    def _peer(self, number: int) -> int:
+        """The rank, of this rank's pipeline, that has a stage."""
+        return dist.get_global_rank(self._mesh.pp_group, number % self._mesh.pp_size)
+
+    def _stream_shape(self, placed: Placed) -> tuple[int, int, int]:
+        rows, tokens = placed.tokens.shape
+        return rows, tokens // self._token_shares, self._stages[0].config.hidden_size
+
+    def _schedule_for(self, placed: Sequence[Placed]) -> Any:
+        """The schedule of this shape, built again when the shape changes."""
+        shape = (len(placed), *placed[0].tokens.shape)
+        if self._built is None or self._built[0] != shape:
+            stages = [
+                self._stage(stage, number, placed[0])
+                for stage, number in zip(self._stages, self._numbers, strict=True)
+            ]
+            takes_one = self._schedule in ONE_STAGE_A_RANK
+            schedule = SCHEDULES[self._schedule](
+                stages[0] if takes_one else stages,
+                n_microbatches=len(placed),
+                loss_fn=lambda loss, _target: loss,
+                scale_grads=False,
+            )
+            self._built = (shape, schedule)
+        return self._built[1]
+
+    def _stage(self, stage: StageModel, number: int, placed: Placed) -> PipelineStage:
+        stream = torch.empty(
+            self._stream_shape(placed), dtype=self._dtype, device="meta", requires_grad=True
+        )
+        loss = torch.empty(
+            (), dtype=torch.promote_types(self._dtype, torch.float32), device="meta",
+            requires_grad=True,
+        )  # fmt: skip
+        tokens = torch.empty_like(placed.tokens, device="meta")
+        return PipelineStage(
+            stage,
+            number,
+            self._num_stages,
+            self._mesh.device,
+            input_args=(tokens if number == 0 else stream,),
+            output_args=(loss if stage.part.has_head else stream,),
+            group=self._mesh.pp_group,
+        )

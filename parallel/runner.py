@@ -1,0 +1,96 @@
+"""Forward and backward over a step's microbatches, without and with a pipeline.
+
+A runner accumulates gradients into the parameters of this rank and returns this rank's summed
+losses. It knows neither other data-parallel ranks' losses nor the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from models.model import Model
+from models.sequence import SequenceContext
+from parallel.config import Shard
+from parallel.engine_protocol import Microbatch
+from parallel.fully_sharded import begin_microbatch, release
+
+if TYPE_CHECKING:
+    from models.spiking.neurons import Spikes
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A microbatch on the device; `sequence` was counted on the CPU."""
+
+    tokens: Tensor
+    labels: Tensor
+    sequence: SequenceContext
+
+    @classmethod
+    def on(cls, batch: Microbatch, device: torch.device) -> Placed:
+        """Move a batch to the device; boundaries are counted on the CPU first."""
+        sequence = SequenceContext.from_document_ids(batch.document_ids)
+        moved = replace(
+            sequence,
+            positions=sequence.positions.to(device, non_blocking=True),
+            document_ids=sequence.document_ids.to(device, non_blocking=True),
+            cu_seqlens=sequence.cu_seqlens.to(device, non_blocking=True),
+        )
+        return cls(batch.tokens.to(device), batch.labels.to(device), moved)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step's losses are divided by, and how its neurons fire."""
+
+    num_targets: int
+    spikes: Spikes | None
+
+
+class Runner(Protocol):
+    """How one rank works through microbatches."""
+
+    def train(self, microbatches: Sequence[Microbatch], work: Work) -> Tensor:
+        """Accumulate gradients of the summed loss over `work.num_targets`.
+
+        Returns:
+            The summed loss of this rank's rows, float64; 0 where another stage has the loss.
+        """
+
+    def token_losses(self, batch: Microbatch, spikes: Spikes | None) -> Tensor:
+        """Loss of each token `[rows, T]` on the device, without gradients, on every stage."""
+
+
+class SequentialRunner:
+    """One microbatch after the other through the whole model."""
+
+    def __init__(self, model: Model, *, shard: Shard, device: torch.device) -> None:
+        self._model, self._shard, self._device = model, shard, device
+
+    def train(self, microbatches: Sequence[Microbatch], work: Work) -> Tensor:
+        """See `Runner`."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for index, microbatch in enumerate(microbatches):
+            is_last = index == len(microbatches) - 1
+            begin_microbatch(self._model, shard=self._shard, is_last=is_last)
+            placed = Placed.on(microbatch, self._device)
+            loss_sum = self._model(
+                placed.tokens, placed.sequence, labels=placed.labels, spikes=work.spikes
+            )
+            (loss_sum / work.num_targets).backward()
+            total += loss_sum.detach()
+        return total
+
+    def token_losses(self, batch: Microbatch, spikes: Spikes | None) -> Tensor:
+        """See `Runner`."""
+        placed = Placed.on(batch, self._device)
+        losses = self._model.token_losses(
+            placed.tokens, placed.sequence, placed.labels, spikes=spikes
+        )
+        release(self._model)
+        return losses

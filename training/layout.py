@@ -1,0 +1,85 @@
+"""What a layout asks of a run, checked before anything is loaded, and how it is shown.
+
+Owns no mechanism: what divides what, and which combinations no engine can run.
+"""
+
+from __future__ import annotations
+
+from models.cost import parameter_count
+from parallel.config import PipelineSchedule, Recompute
+from parallel.mesh import Mesh
+from parallel.pipeline_cut import StageCut, check_microbatches, cut
+from parallel.tensor_parallel import check_sequence_length, check_tensor_parallel
+from training.config import RunConfig
+from training.stages import StagePlan, check_rows
+
+
+def cut_stages(config: RunConfig) -> tuple[StageCut, ...]:
+    """The pipeline stages, by the cost of rows of the first curriculum stage.
+
+    Raises:
+        ValueError: more stages than layers, or a list that is not the model's.
+    """
+    first = next(iter(config.stages.values()))
+    return cut(config.model, config.parallel, sequence_length=first.sequence_length)
+
+
+def check_layout(config: RunConfig, plan: StagePlan, *, dp_size: int) -> None:
+    """Refuse a layout that the model, the curriculum or the schedule cannot run.
+
+    Raises:
+        ValueError: naming the key, both numbers and the nearest valid values.
+    """
+    parallel, training = config.parallel, config.training
+    check_tensor_parallel(config.model, parallel.tp)
+    cut_stages(config)
+    check_rows(plan, dp_size=dp_size, microbatch_rows=training.microbatch_rows)
+    for stage in plan.stages:
+        check_sequence_length(stage.config.sequence_length, parallel, stage=stage.name)
+        if parallel.pp > 1:
+            count = stage.config.rows_per_step // (dp_size * training.microbatch_rows)
+            check_microbatches(parallel.schedule, count, parallel.pp, parallel.stages_per_rank)
+    _check_recomputation(config)
+
+
+def _check_recomputation(config: RunConfig) -> None:
+    parallel, training = config.parallel, config.training
+    whole_blocks = training.recompute in (Recompute.full, Recompute.every_n)
+    is_split = parallel.pp > 1 and parallel.schedule is PipelineSchedule.zero_bubble
+    if is_split and whole_blocks:
+        raise ValueError(
+            f"training.recompute ({training.recompute.value}) must be none or selective for "
+            "parallel.schedule zero_bubble: its split backward would compute every block again for "
+            "each of its parts. Set training.recompute=selective, or another parallel.schedule."
+        )
+    wrong = [stage for stage in training.recompute_stages or () if stage >= parallel.num_stages]
+    if wrong or min(training.recompute_stages or [0]) < 0:
+        raise ValueError(
+            f"training.recompute_stages ({training.recompute_stages}) must be pipeline stages from "
+            f"0 to {parallel.num_stages - 1}: parallel.pp is {parallel.pp}. Correct the list, or "
+            "leave it null."
+        )
+
+
+def layout_lines(config: RunConfig, mesh: Mesh, stages: tuple[StageCut, ...]) -> list[str]:
+    """The layout as a small table: axes with their sizes, then the stages."""
+    parallel = config.parallel
+    split = " (sequence parallel)" if parallel.sequence_parallel else ""
+    lines = [
+        f"{config.model.layers.describe()} | {parameter_count(config.model):,} parameters | "
+        f"{config.training.precision.value}",
+        f"{mesh.size} ranks = pp {mesh.pp_size} x dp {mesh.dp_size} x tp {mesh.tp_size}{split}; "
+        f"dp = {mesh.dp_size // mesh.shard_size} x {mesh.shard_size} shards ({parallel.shard.value})",
+    ]
+    if mesh.pp_size == 1:
+        return lines
+    total = sum(stage.cost for stage in stages)
+    lines.append(f"schedule {parallel.schedule.value}, {len(stages)} stages:")
+    for stage in stages:
+        extra = " + embedding" * stage.has_embedding + " + head" * stage.has_head
+        lines.append(
+            f"  stage {stage.index} on pp rank {stage.pp_rank}: layers {stage.first_layer}-"
+            f"{stage.end_layer - 1} ({stage.end_layer - stage.first_layer}){extra}, "
+            f"{stage.cost / total:.0%} of the work"
+        )
+    return lines
