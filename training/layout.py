@@ -64,12 +64,13 @@ def _check_recomputation(config: RunConfig) -> None:
 def layout_lines(config: RunConfig, mesh: Mesh, stages: tuple[StageCut, ...]) -> list[str]:
     """The layout as a small table: axes with their sizes, then the stages."""
     parallel = config.parallel
+    copies = mesh.dp_size // mesh.shard_size
     split = " (sequence parallel)" if parallel.sequence_parallel else ""
     lines = [
         f"{config.model.layers.describe()} | {parameter_count(config.model):,} parameters | "
         f"{config.training.precision.value}",
-        f"{mesh.size} ranks = pp {mesh.pp_size} x dp {mesh.dp_size} x tp {mesh.tp_size}{split}; "
-        f"dp = {mesh.dp_size // mesh.shard_size} x {mesh.shard_size} shards ({parallel.shard.value})",
+        f"{mesh.size} ranks = pp {mesh.pp_size} x dp {mesh.dp_size} x tp {mesh.tp_size}{split}, "
+        f"dp = {copies} x {mesh.shard_size} shards ({parallel.shard.value})",
     ]
     if mesh.pp_size == 1:
         return lines

@@ -13,22 +13,34 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from models.config import LinearAttentionConfig, ModelConfig, NeuronKind, SpikingConfig
+from models.config import (
+    LinearAttentionConfig,
+    ModelConfig,
+    NeuronKind,
+    SpikingConfig,
+    ThresholdGrad,
+)
 from models.initialisation import tensor_for
 from models.layouts import parameter_layouts
 from models.model import Model
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
+from models.spiking.recorder import SpikeRecorder
 from parallel.boxes import Box
 from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import ParamGroup, TorchEngine
 from parallel.mesh import Mesh
+from parallel.pipeline_cut import cut
 
 STEPS = 5
-ROWS = 4
-TOKENS = 19
+ROWS = 8
+TOKENS = 20
+STATISTICS_TOKENS = 16
 SEED = 7
 LEARNING_RATE = 3e-3
+
+
+LEVELS = {shard: ParallelConfig(shard=shard) for shard in Shard}
 
 
 class RuleName(Enum):
@@ -47,19 +59,31 @@ class Rule:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute the same run; `oracle` drops everything that must not matter."""
+    """One way to compute the same run; `oracle` drops everything that must not matter.
 
-    shard: Shard = Shard.gradients
+    `is_cuttable` takes a deeper model, whose heads and channels four ranks can share out.
+    """
+
+    parallel: ParallelConfig = ParallelConfig()
+    is_cuttable: bool = False
     microbatch_rows: int = ROWS
     recompute: bool = False
     rule: Rule = Rule()
     tied: bool = False
     frozen: bool = False
     spiking: bool = True
+    through: bool = False
     precision: Precision = Precision.fp64
 
     def oracle(self) -> Case:
-        return Case(rule=self.rule, tied=self.tied, frozen=self.frozen, spiking=self.spiking)
+        return Case(
+            rule=self.rule,
+            tied=self.tied,
+            frozen=self.frozen,
+            spiking=self.spiking,
+            through=self.through,
+            is_cuttable=self.is_cuttable,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,12 +99,15 @@ class Run:
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
+    statistics: dict[str, float]
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
 
 
 def config_of(case: Case) -> ModelConfig:
     """Sizes that no number of ranks divides; the gate has fewer rows than four ranks."""
+    if case.is_cuttable:
+        return cuttable_config(case)
     return ModelConfig(
         vocab_size=61,
         hidden_size=18,
@@ -99,8 +126,37 @@ def config_of(case: Case) -> ModelConfig:
     )
 
 
+def cuttable_config(case: Case) -> ModelConfig:
+    """Every mixer, two layers a stage of two; a vocabulary that is padded where it is cut."""
+    return ModelConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=20,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=4,
+        mixers="L S F L",
+        ffns="d*4",
+        qkv_bias=True,
+        output_bias=True,
+        ffn_bias=True,
+        qk_norm=True,
+        window_tokens=5,
+        tie_word_embeddings=case.tied,
+        linear=LinearAttentionConfig(gate_low_rank_dim=3),
+        initializer_range=0.3,
+    )
+
+
 def spiking_of(case: Case) -> SpikingConfig:
-    return SpikingConfig(neuron=NeuronKind.adaptive if case.spiking else NeuronKind.off)
+    return SpikingConfig(
+        neuron=NeuronKind.adaptive if case.spiking else NeuronKind.off,
+        threshold_grad=ThresholdGrad.through if case.through else ThresholdGrad.detached,
+    )
+
+
+def spikes_of(case: Case, recorder: SpikeRecorder | None = None) -> Spikes | None:
+    return Spikes(k=3.0, recorder=recorder) if case.spiking else None
 
 
 def groups_of(case: Case, names: Sequence[str]) -> list[ParamGroup]:
@@ -152,59 +208,59 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
         rule=case.rule,
         spiking=spiking_of(case),
         precision=case.precision,
-        parallel=ParallelConfig(shard=case.shard),
+        parallel=case.parallel,
+        stages=cut(config, case.parallel, sequence_length=TOKENS),
         recompute=frozenset({0, 1}) if case.recompute else frozenset(),
         seed=seed,
         loss_chunk_tokens=16,
     )
 
 
-def train_step(engine: TorchEngine, case: Case, step: int) -> float:
+def train_step(
+    engine: TorchEngine, case: Case, step: int, recorder: SpikeRecorder | None = None
+) -> float:
     """Forward and backward of one step; returns its loss."""
-    rows = rows_of(step)
-    mine = share_of(rows, engine.mesh.rank, engine.mesh.size, case.microbatch_rows)
+    mine = share_of(rows_of(step), engine.mesh.dp_rank, engine.mesh.dp_size, case.microbatch_rows)
     mine_targets = sum(int((m.labels != -100).sum()) for m in mine)
     targets = engine.sum_over_ranks(torch.tensor([mine_targets], dtype=torch.float64))
-    spikes = Spikes(k=3.0) if case.spiking else None
-    return engine.forward_backward(mine, num_targets=int(targets), spikes=spikes)
+    return engine.forward_backward(mine, num_targets=int(targets), spikes=spikes_of(case, recorder))
 
 
 def train(engine: TorchEngine, case: Case, *, first: int = 0, last: int = STEPS) -> Run:
     losses, norms = [], []
     gradients: dict[str, Tensor] = {}
+    statistics: dict[str, float] = {}
     for step in range(first, last):
-        losses.append(train_step(engine, case, step))
-        if step == first:
+        recorder = SpikeRecorder(STATISTICS_TOKENS) if step == first else None
+        losses.append(train_step(engine, case, step, recorder))
+        if recorder is not None:
             gradients = gather(engine.mesh, engine.gradients())
+            recorder.load(engine.sum_by_name(recorder.tensors()))
+            statistics = recorder.summary()
         norms.append(engine.clip_and_step(LEARNING_RATE))
-    return Run(tuple(losses), tuple(norms), gradients, gather(engine.mesh, engine.parameters))
+    final = gather(engine.mesh, engine.parameters)
+    return Run(tuple(losses), tuple(norms), statistics, gradients, final)
 
 
 def gather(mesh: Mesh, boxes: dict[str, Box]) -> dict[str, Tensor]:
     """Whole tensors of all ranks' boxes, on every rank."""
-    parts = mesh.gather({name: (box.slices, box.local.clone()) for name, box in boxes.items()})
-    whole = {}
-    for name, box in boxes.items():
-        tensor = torch.full(box.global_shape, torch.nan, dtype=box.local.dtype)
-        for part in parts:
-            slices, values = part[name]
+    parts = mesh.gather(
+        {name: (box.global_shape, box.slices, box.local.clone()) for name, box in boxes.items()}
+    )
+    whole: dict[str, Tensor] = {}
+    for part in parts:
+        for name, (shape, slices, values) in part.items():
+            tensor = whole.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype))
+            before = tensor[slices]
+            assert bool((before.isnan() | (before == values)).all()), f"{name}: copies differ"
             tensor[slices] = values
-        whole[name] = tensor
     return whole
 
 
 def oracle(case: Case) -> Run:
     """The same run by the plain model in one pass a step."""
-    config = config_of(case)
-    model = Model(
-        config,
-        spiking=spiking_of(case),
-        loss_chunk_tokens=16,
-    ).double()
-    layouts = model.layouts()
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(tensor_for(name, layouts[name], config, SEED))
-    groups = groups_of(case, list(layouts))
+    model = plain_model(case)
+    groups = groups_of(case, list(model.layouts()))
     parameters = dict(model.named_parameters())
     trained = [parameters[name] for group in groups for name in group.names]
     optimizer = _plain_optimizer(case.rule, groups, parameters)
@@ -213,8 +269,7 @@ def oracle(case: Case) -> Run:
     for step in range(STEPS):
         rows = rows_of(step)
         sequence = SequenceContext.from_document_ids(rows.document_ids)
-        spikes = Spikes(k=3.0) if case.spiking else None
-        loss = model(rows.tokens, sequence, labels=rows.labels, spikes=spikes)
+        loss = model(rows.tokens, sequence, labels=rows.labels, spikes=spikes_of(case))
         loss = loss / (rows.labels != -100).sum()
         model.zero_grad()
         loss.backward()
@@ -230,7 +285,7 @@ def oracle(case: Case) -> Run:
         losses.append(float(loss.detach()))
         optimizer.step()
     final = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    return Run(tuple(losses), tuple(norms), gradients, final)
+    return Run(tuple(losses), tuple(norms), {}, gradients, final)
 
 
 def _plain_optimizer(
@@ -248,3 +303,23 @@ def _plain_optimizer(
         return torch.optim.SGD(arguments)
     betas = (rule.beta1, rule.beta2)
     return torch.optim.AdamW(arguments, betas=betas, eps=rule.eps, foreach=False)
+
+
+def oracle_statistics(case: Case) -> dict[str, float]:
+    """What the plain model's neurons do in the first step, microbatch by microbatch."""
+    model = plain_model(case)
+    recorder = SpikeRecorder(STATISTICS_TOKENS)
+    for rows in share_of(rows_of(0), 0, 1, case.microbatch_rows):
+        sequence = SequenceContext.from_document_ids(rows.document_ids)
+        model(rows.tokens, sequence, spikes=spikes_of(case, recorder))
+    return recorder.summary()
+
+
+def plain_model(case: Case) -> Model:
+    """The whole model in float64 at its initial values."""
+    config = config_of(case)
+    model = Model(config, spiking=spiking_of(case), loss_chunk_tokens=16).double()
+    layouts = model.layouts()
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(tensor_for(name, layouts[name], config, SEED))
+    return model

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from parallel.boxes import Box, LazyTensor, box_of
+from parallel.boxes import Box, LazyTensor, local_of, region_of
 
 
 def test_a_plain_tensor_is_its_own_box_and_shares_memory() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3, 2))
-    box = box_of(parameter)
+    box = region_of(parameter).box(local_of(parameter))
     box.fill(torch.arange(6.0).view(3, 2))
     assert box.offsets == (0, 0)
     assert parameter.tolist() == [[0, 1], [2, 3], [4, 5]]

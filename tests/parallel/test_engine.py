@@ -18,6 +18,7 @@ from parallel.mesh import close, init
 from tests.parallel.engine_cases import (
     FROZEN_NORM,
     LEARNING_RATE,
+    LEVELS,
     Case,
     Rule,
     RuleName,
@@ -39,14 +40,14 @@ GRADIENT = 1e-9
 
 CASES = {
     "gradients": Case(),
-    "parameters": Case(shard=Shard.parameters),
-    "none": Case(shard=Shard.none),
+    "parameters": Case(parallel=LEVELS[Shard.parameters]),
+    "none": Case(parallel=LEVELS[Shard.none]),
     "gradients-accumulated": Case(microbatch_rows=1),
-    "parameters-accumulated": Case(shard=Shard.parameters, microbatch_rows=1),
-    "none-accumulated": Case(shard=Shard.none, microbatch_rows=1),
+    "parameters-accumulated": Case(parallel=LEVELS[Shard.parameters], microbatch_rows=1),
+    "none-accumulated": Case(parallel=LEVELS[Shard.none], microbatch_rows=1),
     "gradients-recomputed": Case(recompute=True, microbatch_rows=1),
-    "parameters-recomputed": Case(shard=Shard.parameters, recompute=True),
-    "tied": Case(shard=Shard.parameters, tied=True),
+    "parameters-recomputed": Case(parallel=LEVELS[Shard.parameters], recompute=True),
+    "tied": Case(parallel=LEVELS[Shard.parameters], tied=True),
     "sgd": Case(rule=Rule(RuleName.sgd)),
     "frozen": Case(frozen=True, microbatch_rows=1),
     "not-clipped": Case(rule=Rule(clip_norm=None), spiking=False),
@@ -57,7 +58,7 @@ WORLD_SIZES = (1, 2, 4)
 def every_case(rank: int, world_size: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, case in CASES.items():
-        mesh = init(CpuBackend(), ParallelConfig(shard=case.shard))
+        mesh = init(CpuBackend(), case.parallel)
         engine = build_engine(mesh, case)
         results[name] = train(engine, case) if rank == 0 else fingerprint(train(engine, case))
     return results
@@ -130,7 +131,7 @@ def oracle_start() -> dict[str, Tensor]:
 def evaluate_and_complain(rank: int, world_size: int) -> dict[str, Any]:
     """Everything else that two ranks do: evaluation between steps, errors, nothing changed."""
     mesh = init(CpuBackend(), ParallelConfig(shard=Shard.parameters))
-    case = Case(shard=Shard.parameters)
+    case = Case(parallel=LEVELS[Shard.parameters])
     engine = build_engine(mesh, case)
     (mine,) = share_of(rows_of(0), rank, world_size, 4)
     losses = engine.token_losses(mine)
@@ -145,7 +146,7 @@ def evaluate_and_complain(rank: int, world_size: int) -> dict[str, Any]:
         _error(lambda: engine.forward_backward([], num_targets=10)),
     ]
     train_step(engine, case, 1)
-    dict(engine.model.named_parameters())["blocks.1.ffn.up_proj.weight"].grad = None
+    dict(engine.parts[0].named_parameters())["blocks.1.ffn.up_proj.weight"].grad = None
     errors.append(_error(lambda: engine.clip_and_step(LEARNING_RATE)))
     train_step(engine, case, 1)
     if rank == 1:
@@ -158,7 +159,7 @@ def evaluate_and_complain(rank: int, world_size: int) -> dict[str, Any]:
 def _poisoned_replica(rank: int) -> str:
     """A loss that is NaN on one rank only."""
     mesh = init(CpuBackend(), ParallelConfig(shard=Shard.none))
-    case = Case(shard=Shard.none)
+    case = Case(parallel=LEVELS[Shard.none])
     engine = build_engine(mesh, case)
     if rank == 1:
         engine.parameters["final_norm.weight"].local.fill_(torch.nan)

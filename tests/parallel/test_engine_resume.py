@@ -16,6 +16,8 @@ from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import TorchEngine
 from parallel.mesh import Mesh, close, init
 from tests.parallel.engine_cases import (
+    LEVELS,
+    ROWS,
     STEPS,
     Case,
     Rule,
@@ -32,10 +34,10 @@ from tests.support.distributed import run_ranks
 
 SAVED_AT = 3
 CASES = {
-    "fp64": Case(shard=Shard.gradients),
-    "fp32": Case(shard=Shard.parameters, precision=Precision.fp32, microbatch_rows=1),
-    "bf16": Case(shard=Shard.gradients, precision=Precision.bf16, microbatch_rows=1),
-    "none": Case(shard=Shard.none),
+    "fp64": Case(parallel=LEVELS[Shard.gradients]),
+    "fp32": Case(parallel=LEVELS[Shard.parameters], precision=Precision.fp32, microbatch_rows=1),
+    "bf16": Case(parallel=LEVELS[Shard.gradients], precision=Precision.bf16, microbatch_rows=1),
+    "none": Case(parallel=LEVELS[Shard.none]),
     "sgd": Case(rule=Rule(RuleName.sgd), frozen=True),
 }
 
@@ -57,7 +59,7 @@ def restored(mesh: Mesh, case: Case, folder: Path) -> TorchEngine:
 def save_and_go_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     results = {}
     for name, case in CASES.items():
-        mesh = init(CpuBackend(), ParallelConfig(shard=case.shard))
+        mesh = init(CpuBackend(), case.parallel)
         uninterrupted = train(build_engine(mesh, case), case)
         engine = build_engine(mesh, case)
         first = train(engine, case, last=SAVED_AT)
@@ -76,7 +78,7 @@ def save_and_go_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 def load_elsewhere(rank: int, world_size: int, folder: Path) -> dict[str, tuple[Any, Run]]:
     results = {}
     for name, case in CASES.items():
-        mesh = init(CpuBackend(), ParallelConfig(shard=case.shard))
+        mesh = init(CpuBackend(), case.parallel)
         engine = restored(mesh, case, folder / name)
         results[name] = (gather(mesh, state_of(engine)), train(engine, case, first=SAVED_AT))
     return results
@@ -131,7 +133,7 @@ def test_weights_written_after_an_evaluation_are_used() -> None:
     try:
         case = Case()
         engine = build_engine(mesh, case)
-        (rows,) = share_of(rows_of(0), 0, 1, 4)
+        (rows,) = share_of(rows_of(0), 0, 1, ROWS)
         shard = engine.parameters["final_norm.weight"].local
         before = engine.token_losses(rows)
         assert engine.parameters["final_norm.weight"].local.data_ptr() == shard.data_ptr()

@@ -16,7 +16,7 @@ from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import TorchEngine
 from parallel.mesh import Mesh, init
-from tests.parallel.engine_cases import Case, build_engine, train_step
+from tests.parallel.engine_cases import LEVELS, ROWS, Case, build_engine, train_step
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
 
@@ -33,7 +33,7 @@ def dtypes_inside_forward(engine: TorchEngine, case: Case) -> dict[str, torch.dt
     handles = [
         # Registered last, so that it runs after FSDP has gathered and cast.
         module.register_forward_pre_hook(lambda m, _, name=name: look(name, m))
-        for name, module in engine.model.named_modules()
+        for name, module in engine.parts[0].named_modules()
         if any(True for _ in module.parameters(recurse=False))
     ]
     train_step(engine, case, 0)
@@ -67,10 +67,10 @@ def step_and_look(engine: TorchEngine, case: Case) -> tuple[float, bool]:
     gathered: list[bool] = []
 
     def look(*_: Any) -> None:
-        weight = engine.model.get_parameter("blocks.0.ffn.up_proj.weight")
+        weight = engine.parts[0].get_parameter("blocks.0.ffn.up_proj.weight")
         gathered.append(not isinstance(weight, DTensor))
 
-    handle = engine.model.get_submodule("blocks.1").register_forward_pre_hook(look)
+    handle = engine.parts[0].get_submodule("blocks.1").register_forward_pre_hook(look)
     loss = train_step(engine, case, 0)
     handle.remove()
     return loss, gathered[0]
@@ -80,7 +80,11 @@ def look_at_levels(rank: int, world_size: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for shard in Shard:
         mesh = init(CpuBackend(), ParallelConfig(shard=shard))
-        case = Case(shard=shard, recompute=shard is Shard.parameters, precision=Precision.bf16)
+        case = Case(
+            parallel=LEVELS[shard],
+            recompute=shard is Shard.parameters,
+            precision=Precision.bf16,
+        )
         engine = build_engine(mesh, case)
         results[f"{shard.name} dtypes"] = dtypes_inside_forward(engine, case)
         results[f"{shard.name} at rest"] = {
@@ -92,9 +96,10 @@ def look_at_levels(rank: int, world_size: int) -> dict[str, Any]:
             step_and_look(engine, case)
         )
         results[f"{shard.name} collectives"] = [
-            collectives_of(mesh, Case(shard=shard, microbatch_rows=rows)) for rows in (2, 1)
+            collectives_of(mesh, Case(parallel=LEVELS[shard], microbatch_rows=rows))
+            for rows in (ROWS // 2, ROWS // 4)
         ]
-        wide = Case(shard=shard, precision=Precision.fp32)
+        wide = Case(parallel=LEVELS[shard], precision=Precision.fp32)
         results[f"{shard.name} fp32 loss"] = train_step(build_engine(mesh, wide), wide, 0)
     return results
 

@@ -21,7 +21,7 @@ def test_one_process_needs_no_launcher() -> None:
     mesh = init(CpuBackend(), ParallelConfig(), environment={})
     try:
         assert (mesh.rank, mesh.size, mesh.dp_rank, mesh.dp_size) == (0, 1, 0, 1)
-        assert (mesh.shard_rank, mesh.shard_size) == (0, 1)
+        assert (mesh.replicate_rank, mesh.shard_size) == (0, 1)
         assert mesh.is_main
         assert mesh.gather("x") == ["x"]
         assert mesh.broadcast(3) == 3
@@ -71,8 +71,8 @@ def two_ranks(rank: int, world_size: int) -> dict[str, object]:
         mesh.agree("cutting", lambda: _fail(mesh, only=None))
     return {
         "place": (mesh.rank, mesh.size, mesh.dp_rank, mesh.dp_size),
-        "sharded": (sharded.shard_rank, sharded.shard_size),
-        "replicated": (replicated.shard_rank, replicated.shard_size),
+        "sharded": (sharded.replicate_rank, sharded.shard_size),
+        "replicated": (replicated.replicate_rank, replicated.shard_size),
         "gathered": mesh.gather(rank * 10),
         "numbers": mesh.gather_numbers((0.1 + rank, rank)),
         "broadcast": mesh.broadcast("from 0" if rank == 0 else None),
@@ -91,8 +91,8 @@ def _fail(mesh: Mesh, *, only: int | None) -> None:
 def test_two_ranks(tmp_path: Path) -> None:
     for rank, result in enumerate(run_ranks(two_ranks, 2, tmp_path=tmp_path)):
         assert result["place"] == (rank, 2, rank, 2)
-        assert result["sharded"] == (rank, 2)
-        assert result["replicated"] == (0, 1)
+        assert result["sharded"] == (0, 2)
+        assert result["replicated"] == (rank, 1)
         assert result["gathered"] == [0, 10]
         assert result["numbers"] == [[0.1, 0.0], [1.1, 1.0]]
         assert result["broadcast"] == "from 0"

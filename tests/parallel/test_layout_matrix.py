@@ -1,0 +1,166 @@
+"""Every layout trains the same model: gradients, losses, norms, parameters, spikes, in float64.
+
+The oracle is the plain model in one process, without any engine. Each parameter's gradient of step
+1 is compared before any optimizer, which would hide a wrong scale.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from parallel.backend.cpu import CpuBackend
+from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
+from parallel.mesh import close, init
+from tests.parallel.engine_cases import (
+    Case,
+    Rule,
+    RuleName,
+    Run,
+    build_engine,
+    oracle,
+    oracle_statistics,
+    train,
+)
+from tests.support.closeness import assert_close
+from tests.support.distributed import run_ranks
+
+LOSS = 1e-10
+GRADIENT = 1e-9
+FLOAT32_LOSS = 1e-5
+FLOAT32_NORM = 1e-3
+
+
+def case(*, rows: int = 2, **axes: Any) -> Case:
+    extra = {name: axes.pop(name) for name in list(axes) if name in Case.__dataclass_fields__}
+    parallel = ParallelConfig(vocab_multiple=4, **axes)
+    return Case(parallel=parallel, is_cuttable=True, microbatch_rows=rows, **extra)
+
+
+INTERLEAVED = {"pp": 2, "schedule": PipelineSchedule.interleaved}
+ZERO_BUBBLE = {"pp": 2, "schedule": PipelineSchedule.zero_bubble}
+TWO: dict[str, Case] = {
+    "tp2": case(tp=2),
+    "tp2 tied": case(tp=2, tied=True),
+    "tp2 sequence": case(tp=2, sequence_parallel=True),
+    "tp2 sequence tied recomputed": case(tp=2, sequence_parallel=True, tied=True, recompute=True),
+    "tp2 through": case(tp=2, through=True),
+    "tp2 sequence through": case(tp=2, sequence_parallel=True, through=True),
+    "tp2 sgd": case(tp=2, rule=Rule(RuleName.sgd)),
+    "pp2": case(pp=2),
+    "pp2 tied": case(pp=2, tied=True),
+    "pp2 gpipe": case(pp=2, schedule=PipelineSchedule.gpipe),
+    "pp2 recomputed": case(pp=2, recompute=True),
+    "pp2 frozen": case(pp=2, frozen=True),
+    "pp2 by hand": case(pp=2, stage_layers=[1, 3]),
+    "pp2 interleaved": case(**INTERLEAVED),
+    "pp2 interleaved tied": case(**INTERLEAVED, tied=True),
+    "pp2 zero bubble": case(**ZERO_BUBBLE),
+    "pp2 zero bubble tied": case(**ZERO_BUBBLE, tied=True),
+    "pp2 zero bubble virtual": case(**ZERO_BUBBLE, virtual_stages=2),
+    "dp2": case(),
+    "dp2 parameters": case(shard=Shard.parameters),
+    "dp2 none": case(shard=Shard.none),
+    "tp2 float32": case(tp=2, precision=Precision.fp32, spiking=False),
+    "pp2 float32": case(pp=2, precision=Precision.fp32, spiking=False),
+    "dp2 float32": case(precision=Precision.fp32, spiking=False),
+}
+FOUR: dict[str, Case] = {
+    "tp4": case(tp=4),
+    "tp4 sequence tied": case(tp=4, sequence_parallel=True, tied=True),
+    "pp4": case(pp=4),
+    "pp4 tied": case(pp=4, tied=True),
+    "dp4": case(),
+    "dp4 parameters": case(shard=Shard.parameters),
+    "dp4 none": case(shard=Shard.none),
+    "hsdp 2x2": case(dp_replicate=2),
+    "hsdp 2x2 parameters": case(dp_replicate=2, shard=Shard.parameters),
+    "tp2 pp2": case(tp=2, pp=2),
+    "tp2 pp2 sequence tied": case(tp=2, pp=2, sequence_parallel=True, tied=True),
+    "tp2 dp2": case(tp=2),
+    "tp2 dp2 sequence parameters": case(tp=2, sequence_parallel=True, shard=Shard.parameters),
+    "pp2 dp2": case(pp=2),
+    "pp2 dp2 parameters": case(pp=2, shard=Shard.parameters),
+    "pp2 dp2 none tied": case(pp=2, shard=Shard.none, tied=True),
+    "pp2 dp2 interleaved tied": case(**INTERLEAVED, tied=True, shard=Shard.parameters),
+    "pp2 dp2 zero bubble tied": case(**ZERO_BUBBLE, tied=True, shard=Shard.parameters),
+}
+EIGHT: dict[str, Case] = {
+    "tp2 pp2 dp2": case(tp=2, pp=2),
+    "tp2 pp2 dp2 sequence tied": case(
+        tp=2, pp=2, sequence_parallel=True, tied=True, shard=Shard.parameters, rows=1
+    ),
+}
+LAYOUTS = {2: TWO, 4: FOUR, 8: EIGHT}
+NAMES = [(world_size, name) for world_size, cases in LAYOUTS.items() for name in cases]
+DOUBLE = [(n, name) for n, name in NAMES if LAYOUTS[n][name].precision is Precision.fp64]
+
+
+def every_layout(rank: int, world_size: int) -> dict[str, Run | None]:
+    results: dict[str, Run | None] = {}
+    for name, each in LAYOUTS[world_size].items():
+        mesh = init(CpuBackend(), each.parallel)
+        run = train(build_engine(mesh, each), each)
+        results[name] = run if rank == 0 else None
+    return results
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @functools.cache
+    def at(world_size: int) -> dict[str, Run]:
+        folder = tmp_path_factory.mktemp("layouts")
+        results: dict[str, Run] = run_ranks(every_layout, world_size, tmp_path=folder)[0]
+        return results
+
+    return at
+
+
+@functools.cache
+def expected_run(case: Case) -> Run:
+    return oracle(case)
+
+
+@pytest.mark.parametrize(("world_size", "name"), DOUBLE)
+def test_equals_one_process(runs: Any, world_size: int, name: str) -> None:
+    each = LAYOUTS[world_size][name]
+    actual: Run = runs(world_size)[name]
+    expected = expected_run(each.oracle())
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for parameter, gradient in expected.gradients.items():
+        assert_close(actual.gradients[parameter], gradient, relative=GRADIENT, name=parameter)
+    assert_close(actual.losses, expected.losses, relative=LOSS, name="losses")
+    assert_close(actual.norms, expected.norms, relative=GRADIENT, name="norms")
+    for parameter, value in expected.parameters.items():
+        assert_close(actual.parameters[parameter], value, relative=GRADIENT, name=parameter)
+    limit = each.rule.clip_norm
+    assert limit is not None
+    assert max(actual.norms) > limit, "clipping must be active once"
+
+
+@pytest.mark.parametrize("name", [name for name in TWO if "float32" in name])
+def test_equals_one_process_in_float32(runs: Any, name: str) -> None:
+    """Without spikes, whose counts a last bit can flip (`smoke_fp32` of the design)."""
+    actual: Run = runs(2)[name]
+    each = replace(TWO[name], parallel=ParallelConfig())
+    mesh = init(CpuBackend(), each.parallel, environment={})
+    try:
+        expected = train(build_engine(mesh, each), each)
+    finally:
+        close(mesh)
+    assert_close(actual.losses, expected.losses, relative=FLOAT32_LOSS, name="losses")
+    assert_close(actual.norms, expected.norms, relative=FLOAT32_NORM, name="norms")
+
+
+@pytest.mark.parametrize(("world_size", "name"), NAMES)
+def test_spikes_are_counted_as_in_one_process(runs: Any, world_size: int, name: str) -> None:
+    """Of all channels and tokens, once each: whatever is cut, recomputed or traced."""
+    each = LAYOUTS[world_size][name]
+    actual: Run = runs(world_size)[name]
+    if not each.spiking:
+        assert actual.statistics == {}
+        return
+    assert actual.statistics == oracle_statistics(each)
