@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_reduce
+from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
 
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int) -> int:
@@ -45,5 +45,5 @@ class GroupVocabulary:
         if self.group.size() == 1:
             return values.detach()
         reduced = all_reduce(values.detach(), operation, self.group)
-        result: Tensor = reduced
+        result: Tensor = wait_tensor(reduced)  # type: ignore[no-untyped-call]
         return result
