@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.distillation import chunked_kl
 from models.kernels import KernelSet
+from models.lesson import Lesson
 from models.loss import chunked_cross_entropy, chunked_token_losses, logits_of
 from models.rotary import Rotary
 from models.spiking.channels import WHOLE_CHANNELS, Channels
@@ -100,6 +102,7 @@ class Head(nn.Module):
         tied_weight: Tensor | None = None,
         chunk_tokens: int = 1024,
         per_token: bool = False,
+        lesson: Lesson | None = None,
     ) -> Tensor:
         """Logits `[..., V]`, or with `labels` `[...]` the summed loss, or losses `[...]`.
 
@@ -111,14 +114,14 @@ class Head(nn.Module):
             tied_weight: `[V, D]` when the head is tied to the embedding.
             chunk_tokens: tokens whose logits exist at a time while the loss is computed.
             per_token: each token's loss, without gradients, instead of the sum.
+            lesson: adds the divergence from a teacher's distribution to the sum.
 
         Returns:
             At least float32.
         """
         weight: Tensor | None = self.weight if tied_weight is None else tied_weight
         assert weight is not None, "a tied head is given the embedding's weight"
-        if self._enter is not None:
-            hidden = self._enter(hidden)
+        hidden = self.enter(hidden)
         if labels is None:
             return logits_of(hidden, weight)
         flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -127,9 +130,27 @@ class Head(nn.Module):
                 flat, weight, targets, chunk_tokens=chunk_tokens, vocabulary=self._vocabulary
             )
             return losses.view(labels.shape)
-        return chunked_cross_entropy(
+        loss = chunked_cross_entropy(
             flat, weight, targets, chunk_tokens=chunk_tokens, vocabulary=self._vocabulary
         )
+        if lesson is None or lesson.head is None:
+            return loss
+        teacher, teacher_weight = lesson.head
+        divergence = chunked_kl(
+            flat,
+            weight,
+            teacher.reshape(-1, teacher.shape[-1]),
+            teacher_weight,
+            targets,
+            chunk_tokens=chunk_tokens,
+            temperature=lesson.goals.temperature,
+            vocabulary=self._vocabulary,
+        )
+        return lesson.diverge(loss, divergence)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """The residual stream as the head reads it: all tokens."""
+        return hidden if self._enter is None else self._enter(hidden)
 
 
 class LayerProvider(Protocol):

@@ -7,7 +7,7 @@ fills them. Shape letters: B batch, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,6 +19,7 @@ from models.config import ModelConfig, SpikingConfig
 from models.kernels import KernelSet, default_kernels
 from models.layers import LayerProvider, LocalLayers, ParamLayout, Parts
 from models.layouts import parameter_layouts, refuse_unsupported
+from models.lesson import Lesson
 from models.norm import RMSNorm
 from models.part import ModelPart
 from models.rotary import Rotary
@@ -94,20 +95,33 @@ class Model(nn.Module):
         *,
         labels: Tensor | None = None,
         spikes: Spikes | None = None,
+        lesson: Lesson | None = None,
     ) -> Tensor:
         """Logits `[B, T, V]` of tokens `[B, T]`, or the summed loss of labels `[B, T]`.
 
         Labels are the next tokens, -100 where nothing is predicted. Results are at least float32.
+        A `lesson` adds what is learned from a teacher to the loss.
         A part without the embedding takes the residual stream instead of tokens, and one without
         the head returns it.
         """
-        hidden = self.hidden_states(tokens, sequence, spikes=spikes)
-        return hidden if self.head is None else self.apply_head(hidden, labels=labels)
+        observe = None if lesson is None else lesson.compare
+        hidden = self.hidden_states(tokens, sequence, spikes=spikes, observe=observe)
+        if self.head is None:
+            return hidden
+        return self.apply_head(hidden, labels=labels, lesson=lesson)
 
     def hidden_states(
-        self, tokens: Tensor, sequence: SequenceContext, *, spikes: Spikes | None = None
+        self,
+        tokens: Tensor,
+        sequence: SequenceContext,
+        *,
+        spikes: Spikes | None = None,
+        observe: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The residual stream `[B, T, D]` after the last layer, final-normed before a head."""
+        """The residual stream `[B, T, D]` after the last layer, final-normed before a head.
+
+        `observe` is given each layer and the stream after it, and returns the stream to go on with.
+        """
         x = tokens if self.embedding is None else self.embedding(tokens)
         for block in self.blocks:
             if block.layer in self.recompute and torch.is_grad_enabled():
@@ -122,6 +136,8 @@ class Model(nn.Module):
                 )
             else:
                 x = block(x, sequence, spikes)
+            if observe is not None:
+                x = observe(block.layer, x)
         return x if self.final_norm is None else self.final_norm(x)
 
     @torch.no_grad()
@@ -143,19 +159,34 @@ class Model(nn.Module):
         return self.apply_head(hidden, labels=labels, per_token=True)
 
     def apply_head(
-        self, hidden: Tensor, *, labels: Tensor | None = None, per_token: bool = False
+        self,
+        hidden: Tensor,
+        *,
+        labels: Tensor | None = None,
+        per_token: bool = False,
+        lesson: Lesson | None = None,
     ) -> Tensor:
         """Logits or losses of final-normed hidden states `[..., D]`; see `models.layers.Head`."""
         assert self.head is not None, "this part of the model has no head"
-        tied = self.embedding.weight if self.is_tied_here and self.embedding is not None else None
+        tied = self.head_weight if self.is_tied_here else None
         out: Tensor = self.head(
             hidden,
             labels,
             tied_weight=tied,
             chunk_tokens=self.loss_chunk_tokens,
             per_token=per_token,
+            lesson=lesson,
         )
         return out
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's rows, its own or the embedding's."""
+        owner = self.embedding if self.is_tied_here else self.head
+        assert owner is not None, "this part of the model has no head"
+        weight = owner.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def layouts(self) -> dict[str, ParamLayout]:
         """Global shape and sharing of every parameter of the whole model, by name."""

@@ -6,6 +6,7 @@ loop never learns how ranks are laid out; nothing here reads or writes files.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,22 +16,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.config import ModelConfig, SpikingConfig
-from models.initialisation import tensor_for
-from models.layers import LayerProvider, ParamLayout
+from models.layers import ParamLayout
 from models.layouts import parameter_layouts
 from models.model import Model
-from parallel.boxes import Box, local_of
-from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
+from parallel.assembly import Blueprint, build_parts, build_teacher, materialise, own_parts
+from parallel.boxes import Box
+from parallel.config import ParallelConfig, Precision
 from parallel.engine_protocol import Engine, Microbatch, ParamGroup, UpdateRule
-from parallel.fully_sharded import compute_dtype, master_dtype, shard_model
+from parallel.fully_sharded import compute_dtype
 from parallel.gradients import NonFiniteError, clip, global_norm, missing, number, refuse_missing
 from parallel.local_optimizer import LocalOptimizer
 from parallel.mesh import Mesh
 from parallel.pipeline import PipelineRunner, StageModel
 from parallel.pipeline_cut import StageCut
-from parallel.rank_parameters import RankParameters, global_names
+from parallel.rank_parameters import RankParameters
 from parallel.runner import Runner, SequentialRunner, Work
-from parallel.tensor_parallel import TensorParallelLayers
+from parallel.teacher import TeacherSpec
 
 if TYPE_CHECKING:
     from models.kernels import KernelSet
@@ -54,6 +55,7 @@ class TorchEngine:
         kernels: attention kernels.
         recompute: blocks whose activations are computed again in the backward pass.
         seed: draws every parameter; None leaves NaN for a checkpoint to fill.
+        teacher: a frozen model to learn from; `self.teacher.parameters` wait for its weights.
         loss_chunk_tokens: tokens whose logits exist at a time.
 
     Raises:
@@ -74,36 +76,30 @@ class TorchEngine:
         kernels: KernelSet | None = None,
         recompute: Collection[int] = frozenset(),
         seed: int | None = None,
+        teacher: TeacherSpec | None = None,
         loss_chunk_tokens: int = 1024,
     ) -> None:
         self.mesh, self._clip_norm = mesh, rule.clip_norm
-        layout = ParallelConfig() if parallel is None else parallel
+        self._layout = layout = ParallelConfig() if parallel is None else parallel
         layouts = parameter_layouts(config, sequence_parallel=layout.sequence_parallel)
         _check_known(groups, layouts)
-        here = [stage for stage in stages if stage.pp_rank == mesh.pp_rank]
-        is_pipelined = mesh.pp_size > 1
-        parts = [stage.part for stage in here] if is_pipelined else [None]
-        with torch.device("meta"):
-            self.parts: list[Model] = [
-                (StageModel if is_pipelined else Model)(
-                    config,
-                    spiking=spiking,
-                    kernels=kernels,
-                    layers=_provider(mesh, layout),
-                    recompute=recompute,
-                    part=part,
-                    loss_chunk_tokens=loss_chunk_tokens,
-                )
-                for part in parts
-            ]
-        for part in self.parts:
-            assert not list(part.buffers()), "a buffer would be lost on the meta device"
-            part.to(master_dtype(precision))
-            _freeze(part, groups)
-            shard_model(part, mesh, precision=precision, shard=_shard_level(layout, mesh))
+        blueprint = Blueprint(
+            config=config,
+            spiking=spiking,
+            precision=precision,
+            kernels=kernels,
+            recompute=recompute,
+            loss_chunk_tokens=loss_chunk_tokens,
+        )
+        parts = own_parts(config, stages, mesh)
+        kind = Model if mesh.pp_size == 1 else StageModel
+        self.parts = build_parts(blueprint, parts, groups, layout, mesh, kind=kind)
         self._own = RankParameters.of(self.parts, layouts, mesh)
-        self._materialise(seed)
+        materialise(self.parts, self._own, mesh.device, seed=seed)
         self._optimizer = LocalOptimizer(self._own.parameters, groups, rule)
+        self.teacher = (
+            None if teacher is None else build_teacher(teacher, blueprint, parts, layout, mesh)
+        )
         self._runner = self._build_runner(layout, stages, compute_dtype(precision))
 
     def forward_backward(
@@ -112,13 +108,17 @@ class TorchEngine:
         *,
         num_targets: int,
         spikes: Spikes | None = None,
-    ) -> float:
-        """Gradients of the summed loss of all ranks' rows over `num_targets`; returns that loss.
+    ) -> dict[str, float]:
+        """Gradients of the summed losses of all ranks' rows over `num_targets`.
 
         Args:
             microbatches: this rank's rows, as many microbatches as on every other rank.
             num_targets: unmasked labels of all ranks and microbatches (`sum_over_ranks`).
             spikes: how the neurons fire, None for continuous activations.
+
+        Returns:
+            `loss`, the cross entropy a target; with a teacher `distill/kl` and `distill/hidden`,
+            before their weights.
 
         Raises:
             ValueError: ranks that disagree on either number, or a trained parameter without a
@@ -127,18 +127,29 @@ class TorchEngine:
         """
         self._check_agreement(len(microbatches), num_targets)
         self._own.drop_gradients()
-        total = self._runner.train(microbatches, Work(num_targets, spikes))
+        sums = self._runner.train(microbatches, Work(num_targets, spikes))
         without = number(missing(self._own.gradients()), self._own.shares())
-        rows = self.mesh.gather_numbers((float(total), without))
-        losses = [row[0] for row in rows]
-        for rank, loss in enumerate(losses):
-            if not math.isfinite(loss):
+        rows = self.mesh.gather_numbers((*sums.tolist(), without))
+        for rank, (loss, kl, hidden, _) in enumerate(rows):
+            if not math.isfinite(loss + kl + hidden):
                 self._own.drop_gradients()
-                raise NonFiniteError("loss", loss, rank=rank, parameter=None)
-        refuse_missing([row[1] for row in rows], self._own.shares())
+                raise NonFiniteError("loss", loss + kl + hidden, rank=rank, parameter=None)
+        refuse_missing([row[3] for row in rows], self._own.shares())
         self._own.complete_gradients()
-        with_loss = self.mesh.ranks_at(pp=self.mesh.pp_size - 1, tp=0)
-        return sum(losses[rank] for rank in with_loss) / num_targets
+        return self._losses(rows, num_targets)
+
+    def _losses(self, rows: Sequence[Sequence[float]], num_targets: int) -> dict[str, float]:
+        """Sums over the ranks that each number is to be counted on."""
+        last = self.mesh.ranks_at(pp=self.mesh.pp_size - 1, tp=0)
+        losses = {"loss": sum(rows[rank][0] for rank in last) / num_targets}
+        if self.teacher is not None:
+            # Every stage has layers; with sequence parallelism every tp rank has tokens.
+            tp_ranks = range(self.mesh.tp_size if self._layout.sequence_parallel else 1)
+            places = itertools.product(range(self.mesh.pp_size), tp_ranks)
+            layers = [rank for pp, tp in places for rank in self.mesh.ranks_at(pp=pp, tp=tp)]
+            losses["distill/kl"] = sum(rows[rank][1] for rank in last) / num_targets
+            losses["distill/hidden"] = sum(rows[rank][2] for rank in layers) / num_targets
+        return losses
 
     def clip_and_step(self, lr: float) -> float:
         """Clip, update, forget the gradients.
@@ -224,27 +235,19 @@ class TorchEngine:
             if gradient is not None
         }
 
-    def _materialise(self, seed: int | None) -> None:
-        """Give every parameter memory and either its drawn values or NaN; padding is 0."""
-        config = self.parts[0].config
-        for part in self.parts:
-            part.to_empty(device=self.mesh.device)
-        for name, parameter in self._own.parameters.items():
-            with torch.no_grad():
-                local_of(parameter).zero_()
-            box = self._own.box(name)
-            if seed is None:
-                box.local.fill_(math.nan)
-            else:
-                box.fill(tensor_for(name, self._own.layouts[name], config, seed))
-
     def _build_runner(
         self, layout: ParallelConfig, stages: Sequence[StageCut], dtype: torch.dtype
     ) -> Runner:
         if self.mesh.pp_size == 1:
-            return SequentialRunner(self.parts[0], shard=layout.shard, device=self.mesh.device)
+            teacher = None if self.teacher is None else self.teacher.parts[0]
+            return SequentialRunner(
+                self.parts[0], teacher, shard=layout.shard, device=self.mesh.device
+            )
+        stages_here = [part for part in self.parts if isinstance(part, StageModel)]
+        for index, stage in enumerate(stages_here):
+            stage.teacher = None if self.teacher is None else self.teacher.parts[index]
         return PipelineRunner(
-            [part for part in self.parts if isinstance(part, StageModel)],
+            stages_here,
             [stage.index for stage in stages if stage.pp_rank == self.mesh.pp_rank],
             num_stages=len(stages),
             schedule=layout.schedule,
@@ -271,31 +274,7 @@ class TorchEngine:
             )
 
 
-def _provider(mesh: Mesh, layout: ParallelConfig) -> LayerProvider | None:
-    """Cut layers where there is a tensor-parallel axis, plain ones otherwise."""
-    if mesh.tp_size == 1:
-        return None
-    return TensorParallelLayers(
-        mesh.tp_group,
-        sequence_parallel=layout.sequence_parallel,
-        vocab_multiple=layout.vocab_multiple,
-    )
-
-
-def _shard_level(layout: ParallelConfig, mesh: Mesh) -> Shard:
-    """zero_bubble loses gradients of resharded parameters without a word (measured; torch 2.13)."""
-    if mesh.pp_size > 1 and layout.schedule is PipelineSchedule.zero_bubble:
-        return Shard.gradients if layout.shard is Shard.parameters else layout.shard
-    return layout.shard
-
-
 def _check_known(groups: Sequence[ParamGroup], layouts: Mapping[str, ParamLayout]) -> None:
     unknown = [name for group in groups for name in group.names if name not in layouts]
     if unknown:
         raise ValueError(f"parameter groups must name parameters of the model: got {unknown[0]}.")
-
-
-def _freeze(part: Model, groups: Sequence[ParamGroup]) -> None:
-    trained = {name for group in groups for name in group.names}
-    for name, parameter in global_names(part):
-        parameter.requires_grad_(name in trained)

@@ -39,8 +39,8 @@ class Engine(Protocol):
         *,
         num_targets: int,
         spikes: Spikes | None = None,
-    ) -> float:
-        """Gradients of the summed loss of all ranks' rows over `num_targets`; returns that loss."""
+    ) -> dict[str, float]:
+        """Gradients of the summed losses of all ranks' rows over `num_targets`; returns them."""
 
     def clip_and_step(self, lr: float) -> float:
         """Clip, update, forget the gradients; returns the gradient norm before clipping."""

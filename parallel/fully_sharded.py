@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
@@ -47,16 +48,20 @@ def compute_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision is Precision.bf16 else master_dtype(precision)
 
 
-def shard_model(model: Model, mesh: Mesh, *, precision: Precision, shard: Shard) -> None:
+def shard_model(
+    model: Model, mesh: Mesh, *, precision: Precision, shard: Shard, offload: bool = False
+) -> None:
     """Turn a model (on the meta device, or on the mesh's) into FSDP units in place.
 
     After it, parameters are DTensors that hold this rank's rows (of its tensor-parallel share);
-    on the meta device they are still to be materialised.
+    on the meta device they are still to be materialised. With `offload` they rest on the host.
     """
     options: dict[str, Any] = {
         "mesh": mesh.fsdp_mesh,
-        "reshard_after_forward": shard is Shard.parameters,
+        "reshard_after_forward": shard is Shard.parameters or offload,
     }
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
     float32, rest = _policies(precision)
     for block in model.blocks:
         if precision is Precision.bf16:

@@ -27,7 +27,8 @@ from parallel.config import PipelineSchedule
 from parallel.engine_protocol import Microbatch
 from parallel.fully_sharded import release
 from parallel.mesh import Mesh
-from parallel.runner import Placed, Work
+from parallel.runner import Placed, Sums, Work
+from parallel.teacher import TeacherPart
 
 if TYPE_CHECKING:
     from models.spiking.neurons import Spikes
@@ -47,30 +48,46 @@ class StageModel(Model):
     Microbatches pass a stage in order, once each, so a counter finds what belongs to one.
     """
 
+    teacher: TeacherPart | None = None
     _microbatches: Sequence[Placed] = ()
     _work: Work | None = None
     _next = 0
 
-    def begin(self, microbatches: Sequence[Placed], work: Work) -> None:
-        """Say what the coming step works on."""
+    def begin(self, microbatches: Sequence[Placed], work: Work, sums: Sums) -> None:
+        """Say what the coming step works on and where its losses are added up."""
         self._microbatches, self._work, self._next = microbatches, work, 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=microbatches[0].tokens.device)
+        self._sums = sums
 
-    def end(self) -> Tensor:
-        """Forget the step; returns the summed loss, 0 for a stage without the head."""
+    def end(self) -> None:
+        """Forget the step."""
         count, self._microbatches, self._work = len(self._microbatches), (), None
         assert self._next == count, f"{self._next} forward passes for {count} microbatches"
-        return self.loss_sum
+        if self.teacher is not None:
+            self.teacher.release()
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Tokens or residual stream to residual stream, or to the loss over all targets."""
+        """Tokens or residual stream to residual stream, or to the loss over all targets.
+
+        With a teacher its stream comes and goes as a second entry in front of the rows.
+        """
         assert self._work is not None, "begin comes first"
         placed = self._microbatches[self._next]
         self._next += 1
-        out = super().forward(x, placed.sequence, labels=placed.labels, spikes=self._work.spikes)
+        shown = None
+        if self.teacher is not None:
+            x, stream = (x, x) if self.part.has_embedding else x.unbind()
+            shown = self.teacher.show(
+                stream, placed.sequence, placed.labels, num_targets=self._work.num_targets
+            )
+        lesson = None if shown is None else shown.lesson
+        out = super().forward(
+            x, placed.sequence, labels=placed.labels, spikes=self._work.spikes, lesson=lesson
+        )
+        self._sums.add(out if self.part.has_head else None, lesson)
         if self.part.has_head:
-            self.loss_sum += out.detach()
             out = out / self._work.num_targets
+        elif shown is not None:
+            out = torch.stack([out, shown.stream])
         # A stage with nothing to train still has to answer with a gradient.
         return out if out.requires_grad else out.requires_grad_()
 
@@ -104,17 +121,20 @@ class PipelineRunner:
         self._dtype, self._token_shares = dtype, token_shares
         self._built: tuple[tuple[int, int, int], Any] | None = None
 
-    def train(self, microbatches: Sequence[Microbatch], work: Work) -> Tensor:
+    def train(self, microbatches: Sequence[Microbatch], work: Work) -> Sums:
         """See `parallel.runner.Runner`."""
         placed = [Placed.on(microbatch, self._mesh.device) for microbatch in microbatches]
         schedule = self._schedule_for(placed)
+        sums = Sums.zero(self._mesh.device)
         for stage in self._stages:
-            stage.begin(placed, work)
+            stage.begin(placed, work, sums)
         inputs = [torch.cat([p.tokens for p in placed])] if self._numbers[0] == 0 else []
         # The loss function is given a target for each microbatch; the stage has its own.
         target = torch.zeros(len(placed), device=self._mesh.device)
         schedule.step(*inputs, target=target, return_outputs=False)
-        return torch.stack([stage.end() for stage in self._stages]).sum()
+        for stage in self._stages:
+            stage.end()
+        return sums
 
     @torch.no_grad()
     def token_losses(self, batch: Microbatch, spikes: Spikes | None) -> Tensor:
@@ -166,8 +186,12 @@ class PipelineRunner:
         return self._built[1]
 
     def _stage(self, stage: StageModel, number: int, placed: Placed) -> PipelineStage:
+        streams = () if stage.teacher is None else (2,)
         stream = torch.empty(
-            self._stream_shape(placed), dtype=self._dtype, device="meta", requires_grad=True
+            (*streams, *self._stream_shape(placed)),
+            dtype=self._dtype,
+            device="meta",
+            requires_grad=True,
         )
         loss = torch.empty(
             (), dtype=torch.promote_types(self._dtype, torch.float32), device="meta",

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from models.lesson import Lesson
 from models.model import Model
 from models.sequence import SequenceContext
 from parallel.config import Shard
 from parallel.engine_protocol import Microbatch
 from parallel.fully_sharded import begin_microbatch, release
+from parallel.teacher import TeacherPart
 
 if TYPE_CHECKING:
     from models.spiking.neurons import Spikes
@@ -52,15 +54,39 @@ class Work:
     spikes: Spikes | None
 
 
+@dataclass(slots=True)
+class Sums:
+    """Losses summed over this rank's rows, float64: what other stages compute is 0 here."""
+
+    loss: Tensor
+    kl: Tensor
+    hidden: Tensor
+
+    @classmethod
+    def zero(cls, device: torch.device) -> Sums:
+        """Nothing yet."""
+        zeros = torch.zeros(3, dtype=torch.float64, device=device)
+        return cls(*zeros.unbind())
+
+    def add(self, loss: Tensor | None, lesson: Lesson | None) -> None:
+        """Add a microbatch."""
+        if loss is not None:
+            self.loss = self.loss + loss.detach()
+        if lesson is not None:
+            self.kl = self.kl + lesson.kl_sum
+            self.hidden = self.hidden + lesson.hidden_sum
+
+    def tolist(self) -> list[float]:
+        """The three numbers, with one copy to the host."""
+        values: list[float] = torch.stack([self.loss, self.kl, self.hidden]).tolist()
+        return values
+
+
 class Runner(Protocol):
     """How one rank works through microbatches."""
 
-    def train(self, microbatches: Sequence[Microbatch], work: Work) -> Tensor:
-        """Accumulate gradients of the summed loss over `work.num_targets`.
-
-        Returns:
-            The summed loss of this rank's rows, float64; 0 where another stage has the loss.
-        """
+    def train(self, microbatches: Sequence[Microbatch], work: Work) -> Sums:
+        """Accumulate gradients of all losses, summed, over `work.num_targets`."""
 
     def token_losses(self, batch: Microbatch, spikes: Spikes | None) -> Tensor:
         """Loss of each token `[rows, T]` on the device, without gradients, on every stage."""
@@ -69,22 +95,40 @@ class Runner(Protocol):
 class SequentialRunner:
     """One microbatch after the other through the whole model."""
 
-    def __init__(self, model: Model, *, shard: Shard, device: torch.device) -> None:
-        self._model, self._shard, self._device = model, shard, device
+    def __init__(
+        self, model: Model, teacher: TeacherPart | None, *, shard: Shard, device: torch.device
+    ) -> None:
+        self._model, self._teacher = model, teacher
+        self._shard, self._device = shard, device
 
-    def train(self, microbatches: Sequence[Microbatch], work: Work) -> Tensor:
+    def train(self, microbatches: Sequence[Microbatch], work: Work) -> Sums:
         """See `Runner`."""
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        sums = Sums.zero(self._device)
         for index, microbatch in enumerate(microbatches):
             is_last = index == len(microbatches) - 1
             begin_microbatch(self._model, shard=self._shard, is_last=is_last)
             placed = Placed.on(microbatch, self._device)
+            lesson = self._lesson(placed, work)
             loss_sum = self._model(
-                placed.tokens, placed.sequence, labels=placed.labels, spikes=work.spikes
+                placed.tokens,
+                placed.sequence,
+                labels=placed.labels,
+                spikes=work.spikes,
+                lesson=lesson,
             )
             (loss_sum / work.num_targets).backward()
-            total += loss_sum.detach()
-        return total
+            sums.add(loss_sum, lesson)
+        if self._teacher is not None:
+            self._teacher.release()
+        return sums
+
+    def _lesson(self, placed: Placed, work: Work) -> Lesson | None:
+        if self._teacher is None:
+            return None
+        shown = self._teacher.show(
+            placed.tokens, placed.sequence, placed.labels, num_targets=work.num_targets
+        )
+        return shown.lesson
 
     def token_losses(self, batch: Microbatch, spikes: Spikes | None) -> Tensor:
         """See `Runner`."""

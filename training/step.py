@@ -82,7 +82,7 @@ class Stepper:
         recorder = self._recorder(state.step)
         lr = stage.learning_rate(state.step)
         try:
-            loss = self.engine.forward_backward(
+            losses = self.engine.forward_backward(
                 list(microbatches(work.rows, self.microbatch_rows)),
                 num_targets=work.agreement.num_targets,
                 spikes=spikes_at(self.spiking, state.step, recorder),
@@ -99,12 +99,13 @@ class Stepper:
         return after, {
             "step": after.step,
             "tokens": after.tokens,
-            "loss": loss,
+            "loss": losses.pop("loss"),
             "grad_norm": grad_norm,
             "lr": lr,
             **self.throughput.row(tokens, seconds, work.agreement.visible),
             "memory_bytes": self.memory_bytes(),
             "sample_hash": after.sample_hash,
+            **losses,
             **statistics,
             "stage": stage.name,
         }

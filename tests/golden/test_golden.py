@@ -64,7 +64,7 @@ def losses_of(rank: int, world_size: int, overrides: list[str]) -> list[float]:
         rows = rows_of(step, vocab_size=config.model.vocab_size)
         targets = int((rows.labels >= 0).sum())
         spikes = spikes_at(config.spiking, step)
-        losses.append(engine.forward_backward([rows], num_targets=targets, spikes=spikes))
+        losses.append(engine.forward_backward([rows], num_targets=targets, spikes=spikes)["loss"])
         engine.clip_and_step(
             learning_rate(step + 1, peak=2e-3, num_steps=STEPS, schedule=config.schedule)
         )

@@ -7,7 +7,7 @@ torch's optimizer on whole parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -22,6 +22,7 @@ from models.config import (
 )
 from models.initialisation import tensor_for
 from models.layouts import parameter_layouts
+from models.lesson import Goals
 from models.model import Model
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
@@ -31,6 +32,7 @@ from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import ParamGroup, TorchEngine
 from parallel.mesh import Mesh
 from parallel.pipeline_cut import cut
+from parallel.teacher import TeacherSpec
 
 STEPS = 5
 ROWS = 8
@@ -73,6 +75,8 @@ class Case:
     frozen: bool = False
     spiking: bool = True
     through: bool = False
+    teacher: Goals | None = None
+    offload: bool = False
     precision: Precision = Precision.fp64
 
     def oracle(self) -> Case:
@@ -82,6 +86,7 @@ class Case:
             frozen=self.frozen,
             spiking=self.spiking,
             through=self.through,
+            teacher=self.teacher,
             is_cuttable=self.is_cuttable,
         )
 
@@ -201,7 +206,8 @@ def share_of(rows: Rows, rank: int, size: int, microbatch_rows: int) -> list[Row
 def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEngine:
     config = config_of(case)
     names = list(parameter_layouts(config))
-    return TorchEngine(
+    spec = TeacherSpec(teacher_config(case), case.teacher or Goals(0, 0, 1), case.offload)
+    engine = TorchEngine(
         config,
         mesh=mesh,
         groups=groups_of(case, names),
@@ -212,8 +218,14 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
         stages=cut(config, case.parallel, sequence_length=TOKENS),
         recompute=frozenset({0, 1}) if case.recompute else frozenset(),
         seed=seed,
+        teacher=None if case.teacher is None else spec,
         loss_chunk_tokens=16,
     )
+    if engine.teacher is not None:
+        weights = dict(teacher_model(case).named_parameters())
+        for name, box in engine.teacher.parameters.items():
+            box.fill(weights[name].data)
+    return engine
 
 
 def train_step(
@@ -223,7 +235,10 @@ def train_step(
     mine = share_of(rows_of(step), engine.mesh.dp_rank, engine.mesh.dp_size, case.microbatch_rows)
     mine_targets = sum(int((m.labels != -100).sum()) for m in mine)
     targets = engine.sum_over_ranks(torch.tensor([mine_targets], dtype=torch.float64))
-    return engine.forward_backward(mine, num_targets=int(targets), spikes=spikes_of(case, recorder))
+    losses = engine.forward_backward(
+        mine, num_targets=int(targets), spikes=spikes_of(case, recorder)
+    )
+    return losses["loss"]
 
 
 def train(engine: TorchEngine, case: Case, *, first: int = 0, last: int = STEPS) -> Run:
@@ -272,7 +287,11 @@ def oracle(case: Case) -> Run:
         loss = model(rows.tokens, sequence, labels=rows.labels, spikes=spikes_of(case))
         loss = loss / (rows.labels != -100).sum()
         model.zero_grad()
-        loss.backward()
+        total = loss
+        if case.teacher is not None:
+            extra = learned(model, teacher_model(case), rows, sequence, case)
+            total = loss + extra / (rows.labels != -100).sum()
+        total.backward()
         if step == 0:
             gradients = {
                 name: parameters[name].grad.clone() for group in groups for name in group.names
@@ -313,6 +332,50 @@ def oracle_statistics(case: Case) -> dict[str, float]:
         sequence = SequenceContext.from_document_ids(rows.document_ids)
         model(rows.tokens, sequence, spikes=spikes_of(case, recorder))
     return recorder.summary()
+
+
+def teacher_config(case: Case) -> ModelConfig:
+    """A plain Transformer of the student's sizes with a head of its own."""
+    mixers = f"F*{config_of(case).num_hidden_layers}"
+    return replace(config_of(case), mixers=mixers, tie_word_embeddings=False)
+
+
+def teacher_model(case: Case) -> Model:
+    """The whole teacher in float64."""
+    config = teacher_config(case)
+    model = Model(config).double()
+    layouts = model.layouts()
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(tensor_for(name, layouts[name], config, SEED + 1))
+    return model
+
+
+def learned(
+    student: Model, teacher: Model, rows: Rows, sequence: SequenceContext, case: Case
+) -> Tensor:
+    """What the goals add to the summed loss, from whole logits and torch's own divergence."""
+    goals = case.teacher
+    assert goals is not None
+    streams: dict[Model, list[Tensor]] = {student: [], teacher: []}
+    logits = {}
+    for model, spikes in ((student, spikes_of(case)), (teacher, None)):
+
+        def keep(_layer: int, x: Tensor, model: Model = model) -> Tensor:
+            streams[model].append(x)
+            return x
+
+        hidden = model.hidden_states(rows.tokens, sequence, spikes=spikes, observe=keep)
+        logits[model] = model.apply_head(hidden) / goals.temperature
+    counted = rows.labels != -100
+    kl = torch.nn.functional.kl_div(
+        logits[student][counted].log_softmax(-1),
+        logits[teacher][counted].detach().log_softmax(-1),
+        log_target=True,
+        reduction="sum",
+    )
+    pairs = zip(streams[student], streams[teacher], strict=True)
+    mse = sum((s - t.detach())[counted].square().mean(-1).sum() for s, t in pairs)
+    return goals.kl * goals.temperature**2 * kl + goals.hidden * mse
 
 
 def plain_model(case: Case) -> Model:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from models.lesson import Goals
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.mesh import close, init
@@ -42,6 +43,7 @@ def case(*, rows: int = 2, **axes: Any) -> Case:
 
 INTERLEAVED = {"pp": 2, "schedule": PipelineSchedule.interleaved}
 ZERO_BUBBLE = {"pp": 2, "schedule": PipelineSchedule.zero_bubble}
+TEACHER = Goals(kl=0.5, hidden=0.25, temperature=2.0)
 TWO: dict[str, Case] = {
     "tp2": case(tp=2),
     "tp2 tied": case(tp=2, tied=True),
@@ -64,6 +66,13 @@ TWO: dict[str, Case] = {
     "dp2": case(),
     "dp2 parameters": case(shard=Shard.parameters),
     "dp2 none": case(shard=Shard.none),
+    "dp2 teacher": case(teacher=TEACHER),
+    "dp2 teacher parameters offloaded": case(teacher=TEACHER, shard=Shard.parameters, offload=True),
+    "tp2 teacher": case(tp=2, teacher=TEACHER),
+    "tp2 sequence teacher": case(tp=2, sequence_parallel=True, teacher=TEACHER),
+    "pp2 teacher": case(pp=2, teacher=TEACHER),
+    "pp2 interleaved teacher tied": case(**INTERLEAVED, teacher=TEACHER, tied=True),
+    "pp2 zero bubble teacher": case(**ZERO_BUBBLE, teacher=TEACHER),
     "tp2 float32": case(tp=2, precision=Precision.fp32, spiking=False),
     "pp2 float32": case(pp=2, precision=Precision.fp32, spiking=False),
     "dp2 float32": case(precision=Precision.fp32, spiking=False),
@@ -90,6 +99,7 @@ FOUR: dict[str, Case] = {
 }
 EIGHT: dict[str, Case] = {
     "tp2 pp2 dp2": case(tp=2, pp=2),
+    "tp2 pp2 dp2 teacher": case(tp=2, pp=2, teacher=TEACHER, rows=1),
     "tp2 pp2 dp2 sequence tied": case(
         tp=2, pp=2, sequence_parallel=True, tied=True, shard=Shard.parameters, rows=1
     ),

@@ -1,0 +1,90 @@
+"""What a frozen teacher showed for one microbatch, and how a student's loss uses it.
+
+What is learned enters the gradient where it arises, through an identity whose backward hands a
+fixed scale to it: a pipeline stage in the middle never sees the loss, and the loss that is reported
+stays the cross entropy. Knows no ranks; `parallel.teacher` runs the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.distillation import hidden_mse
+from models.spiking.channels import TokenShare
+
+
+@dataclass(frozen=True, slots=True)
+class Goals:
+    """Weights of what is learned from a teacher beside the cross entropy, 0 for nothing."""
+
+    kl: float
+    hidden: float
+    temperature: float
+
+
+@dataclass(slots=True)
+class Lesson:
+    """One microbatch, as the teacher sees it.
+
+    Args:
+        goals: what counts how much.
+        labels: `[B, T]`; masked tokens teach nothing.
+        streams: the teacher's residual stream `[B, T, D]` after each layer of this part (with
+            `goals.hidden`); this rank's tokens of it.
+        share: which tokens of the rows the residual stream holds.
+        head: the teacher's final-normed hidden states and its head's weight, on a part with the
+            head (with `goals.kl`).
+        scale: what the sum of all losses is multiplied by (1 / number of targets).
+    """
+
+    goals: Goals
+    labels: Tensor
+    streams: Sequence[Tensor]
+    first_layer: int
+    share: TokenShare
+    head: tuple[Tensor, Tensor] | None
+    scale: float
+    hidden_sum: Tensor = field(init=False)
+    kl_sum: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hidden_sum = torch.zeros((), dtype=torch.float64, device=self.labels.device)
+        self.kl_sum = torch.zeros_like(self.hidden_sum)
+
+    def compare(self, layer: int, stream: Tensor) -> Tensor:
+        """The student's stream after a layer, now with the gradient of its difference."""
+        if not self.streams:
+            return stream
+        count = self.labels.shape[1] // self.share.count
+        labels = self.labels.narrow(1, self.share.index * count, count)
+        difference = hidden_mse(stream, self.streams[layer - self.first_layer], labels)
+        self.hidden_sum += difference.detach()
+        return self._attach(stream, difference, self.goals.hidden)
+
+    def diverge(self, loss: Tensor, divergence: Tensor) -> Tensor:
+        """The student's summed loss, now with the gradient of its divergence from the teacher."""
+        self.kl_sum += divergence.detach()
+        return self._attach(loss, divergence, self.goals.kl)
+
+    def _attach(self, value: Tensor, loss: Tensor, weight: float) -> Tensor:
+        out: Tensor = _Attach.apply(value, loss, weight * self.scale)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Attach(torch.autograd.Function):
+    """The value itself; its backward gives `scale` to a loss that nobody adds up."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.dtype = scale, loss.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        return grad, torch.full((), ctx.scale, dtype=ctx.dtype, device=grad.device), None
