@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from models.loss import chunked_cross_entropy, chunked_token_losses
+from models.loss import chunked_cross_entropy, chunked_token_losses, logits_of
+from tests.models.padded_vocabulary import PaddedVocabulary, padded
 from tests.support.closeness import assert_close
+from tests.support.peak_bytes import PeakBytes
 
 
 def _inputs(
@@ -68,12 +68,17 @@ def test_huge_logits_stay_finite() -> None:
     assert_close(actual, wanted, relative=1e-12)
 
 
-def test_inputs_are_not_changed() -> None:
-    hidden, weight, labels = _inputs(9, dtype=torch.float32)
-    before = hidden.detach().clone(), weight.detach().clone(), labels.clone()
-    chunked_cross_entropy(hidden, weight, labels, chunk_tokens=4).backward()
-    for now, then in zip((hidden, weight, labels), before, strict=True):
-        assert torch.equal(now, then)
+@pytest.mark.parametrize("vocabulary", [None, PaddedVocabulary(8)], ids=["whole", "padded"])
+def test_inputs_are_not_changed(vocabulary: PaddedVocabulary | None) -> None:
+    hidden, weight, labels = _inputs(9, vocab=11 if vocabulary is None else 8, dtype=torch.float32)
+    weight = weight if vocabulary is None else padded(weight, 3)
+    inputs = hidden, weight, labels
+    before = [(each.detach().clone(), each._version) for each in inputs]
+    chunked_cross_entropy(*inputs, chunk_tokens=4, z_loss=0.1, vocabulary=vocabulary).backward()
+    chunked_token_losses(*inputs, chunk_tokens=4, vocabulary=vocabulary)
+    for now, (then, version) in zip(inputs, before, strict=True):
+        assert torch.equal(now.nan_to_num(7.0), then.nan_to_num(7.0))
+        assert now._version == version
 
 
 def test_a_second_derivative_is_refused_not_wrong() -> None:
@@ -126,33 +131,12 @@ def test_bf16_weight_gradients_accumulate_in_float32_over_chunks() -> None:
     assert_close(weight.grad, exact_weight.grad, relative=6e-3)
 
 
-class _PeakBytes(TorchDispatchMode):
-    """The most bytes held at once by storages that operators under this mode returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                self.largest = max(self.largest, storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return out
-
-
 def test_peak_memory_of_the_loss_does_not_grow_with_tokens() -> None:
     dim, vocab, chunk = 4, 512, 32
     peaks, largest = [], []
     for tokens in (128, 1024):
         hidden, weight, labels = _inputs(tokens, dim=dim, vocab=vocab, dtype=torch.float32)
-        with _PeakBytes() as memory:
+        with PeakBytes() as memory:
             chunked_cross_entropy(hidden, weight, labels, chunk_tokens=chunk).backward()
         per_token = tokens * (2 * dim + 8) * 4
         peaks.append(memory.peak - per_token)
@@ -162,3 +146,83 @@ def test_peak_memory_of_the_loss_does_not_grow_with_tokens() -> None:
     # What is left after the token-sized vectors (d_hidden, losses, labels) is a few chunks.
     assert peaks[1] <= peaks[0] + one_chunk // 4
     assert peaks[0] <= 5 * one_chunk
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("chunk", [1, 5, 13, 64])
+def test_padding_rows_do_not_exist_for_the_loss(chunk: int, z_loss: float) -> None:
+    hidden, weight, labels = _inputs(13)
+    vocabulary, wide = PaddedVocabulary(weight.shape[0]), padded(weight, 5)
+    losses = chunked_token_losses(hidden, wide, labels, chunk_tokens=chunk, vocabulary=vocabulary)
+    loss = chunked_cross_entropy(
+        hidden, wide, labels, chunk_tokens=chunk, vocabulary=vocabulary, z_loss=z_loss
+    )
+    logits = hidden @ weight.T
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    assert_close(losses, expected, relative=1e-14)
+    squares = logits.logsumexp(1).square()[labels != -100].sum()
+    expected = expected.sum() + z_loss * squares
+    assert_close(loss, expected, relative=1e-14)
+    d_hidden, d_weight = torch.autograd.grad(loss * 0.37, [hidden, wide])
+    wanted = torch.autograd.grad(expected * 0.37, [hidden, weight])
+    assert_close(d_hidden, wanted[0], relative=1e-13)
+    assert_close(d_weight[: weight.shape[0]], wanted[1], relative=1e-13)
+    assert (d_weight[weight.shape[0] :] == 0).all()
+
+
+def test_logits_of_padding_rows_are_minus_infinity() -> None:
+    hidden, weight, _ = _inputs(6)
+    hidden = hidden.detach().view(2, 3, 6)
+    logits = logits_of(hidden, padded(weight, 5), PaddedVocabulary(11))
+    assert_close(logits[..., :11], logits_of(hidden, weight), relative=1e-15)
+    assert (logits[..., 11:] == float("-inf")).all()
+
+
+def test_z_loss_of_a_whole_vocabulary_counts_unmasked_tokens_only() -> None:
+    hidden, weight, labels = _inputs(13)
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=4, z_loss=0.3)
+    logits = (hidden @ weight.T)[labels != -100]
+    expected = F.cross_entropy(logits, labels[labels != -100], reduction="sum")
+    expected = expected + 0.3 * logits.logsumexp(1).square().sum()
+    assert_close(loss, expected, relative=1e-14)
+    actual = torch.autograd.grad(loss * 0.37, [hidden, weight])
+    for got, want in zip(
+        actual, torch.autograd.grad(expected * 0.37, [hidden, weight]), strict=True
+    ):
+        assert_close(got, want, relative=1e-13)
+    assert (actual[0][labels == -100] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_a_cut_vocabulary_costs_two_reductions_however_many_chunks(chunk: int) -> None:
+    vocabulary = PaddedVocabulary(11)
+    chunked_cross_entropy(*_inputs(13), chunk_tokens=chunk, vocabulary=vocabulary).backward()
+    assert vocabulary.num_reductions == 2
+
+
+def test_a_label_that_no_row_has_is_never_another_row() -> None:
+    hidden, weight, labels = _inputs(13)
+    for label, vocabulary in ((-7, None), (-7, PaddedVocabulary(11)), (11, PaddedVocabulary(11))):
+        labels[4] = label
+        losses = chunked_token_losses(
+            hidden, padded(weight, 0 if vocabulary is None else 5), labels,
+            chunk_tokens=5, vocabulary=vocabulary,
+        )  # fmt: skip
+        assert losses.isinf().nonzero().tolist() == [[4]]
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        chunked_token_losses(hidden, weight, labels, chunk_tokens=5)
+
+
+@pytest.mark.parametrize("vocabulary", [None, PaddedVocabulary(500)], ids=["whole", "padded"])
+def test_nothing_as_large_as_all_logits_is_kept_for_backward(
+    vocabulary: PaddedVocabulary | None,
+) -> None:
+    hidden, weight, labels = _inputs(256, dim=4, vocab=512)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: kept.append(saved.numel()) or saved, lambda saved: saved
+    ):
+        chunked_cross_entropy(
+            hidden, weight, labels % 500, chunk_tokens=32, vocabulary=vocabulary, z_loss=0.1
+        )
+    assert sorted(kept) == [256, 256, 256 * 4, 512 * 4]
