@@ -90,25 +90,30 @@ def head_gradients(  # noqa: PLR0913 - a head, where its gradients go, and how t
     `d_logits_of(rows, logits)` maps the logits of one chunk of tokens to their gradients, which are
     multiplied in hidden's dtype; `scale` is the gradient of the loss. Padding rows get 0.
     """
-    num_rows = weight.shape[0] if vocabulary is None else vocabulary.num_rows
+    true = true_rows(vocabulary)
     weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
     d_hidden = torch.empty_like(hidden) if needed[0] else None
     d_weight = torch.zeros_like(weight, dtype=scale.dtype) if needed[1] else None
     for start in range(0, hidden.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         d_logits = d_logits_of(rows, logits_of(hidden[rows], weight, vocabulary))
-        d_logits = d_logits.to(hidden.dtype)[:, :num_rows]
+        d_logits = d_logits.to(hidden.dtype)[:, true]
         if d_hidden is not None:
-            torch.mm(d_logits, weight[:num_rows], out=d_hidden[rows])
+            torch.mm(d_logits, weight[true], out=d_hidden[rows])
         if d_weight is not None and d_weight.dtype == d_logits.dtype:
-            d_weight[:num_rows].addmm_(d_logits.t(), hidden[rows])
+            d_weight[true].addmm_(d_logits.t(), hidden[rows])
         elif d_weight is not None:
-            d_weight[:num_rows].add_(torch.mm(d_logits.t(), hidden[rows]))
+            d_weight[true].add_(torch.mm(d_logits.t(), hidden[rows]))
     if d_hidden is not None:
         d_hidden.mul_(scale)
     if d_weight is not None:
         d_weight = d_weight.mul_(scale).to(weight_dtype)
     return d_hidden, d_weight
+
+
+def true_rows(vocabulary: VocabularyShard | None) -> slice:
+    """Rows of a head, or columns of its logits, that are not padding."""
+    return slice(None if vocabulary is None else vocabulary.num_rows)
 
 
 def finite_maximum(logits: Tensor) -> Tensor:

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.loss import chunked_cross_entropy, chunked_token_losses, logits_of
 from tests.models.padded_vocabulary import PaddedVocabulary, padded
 from tests.support.closeness import assert_close
-from tests.support.peak_bytes import PeakBytes
+from tests.support.operator_costs import CountProducts, PeakBytes
 
 
 def _inputs(
@@ -89,24 +86,12 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
         first.sum().backward()
 
 
-class _CountProducts(TorchDispatchMode):
-    """Counts matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("frozen", "products"), [(None, 8), (0, 6), (1, 6)])
 def test_a_frozen_input_costs_no_gradient(frozen: int | None, products: int) -> None:
     inputs = _inputs(8)
     if frozen is not None:
         inputs[frozen].requires_grad_(False)
-    with _CountProducts() as counted:
+    with CountProducts() as counted:
         chunked_cross_entropy(*inputs, chunk_tokens=4).backward()
     assert counted.count == products
     for index in (0, 1):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.distillation import chunked_kl
 from models.loss import chunked_cross_entropy, chunked_token_losses, logits_of
 from parallel.vocabulary import GroupVocabulary, padded_vocab_size, rows_of_rank
 from tests.support.closeness import assert_close
@@ -78,6 +79,27 @@ def inputs(vocab_size: int, labels: str, dtype: torch.dtype) -> tuple[Tensor, Te
     return hidden, weight, targets
 
 
+def check_gradients(
+    loss: Tensor,
+    expected: Tensor,
+    inputs: tuple[Tensor, Tensor],
+    whole: tuple[Tensor, Tensor],
+    vocabulary: GroupVocabulary,
+) -> None:
+    """The loss is the whole vocabulary's, to the same bit on all ranks; so are the gradients."""
+    assert_close(loss, expected, relative=1e-14, name="loss")
+    everywhere = [torch.empty_like(loss) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, loss.detach())
+    assert all(torch.equal(each, loss) for each in everywhere)
+    d_hidden, d_shard = torch.autograd.grad(loss * 0.37, inputs)
+    wanted = torch.autograd.grad(expected * 0.37, whole)
+    assert_close(added(d_hidden), wanted[0], relative=1e-13, name="d_hidden")
+    held = wanted[1][vocabulary.first_row :][: vocabulary.num_rows]
+    absolute = 1e-13 * float(wanted[1].abs().max())  # of all ranks: one may have no row
+    assert_close(d_shard[: vocabulary.num_rows], held, absolute=absolute, name="d_weight")
+    assert (d_shard[vocabulary.num_rows :] == 0).all()
+
+
 def check_cross_entropy(
     vocab_size: int, multiple: int, chunk: int, z_loss: float, labels: str
 ) -> None:
@@ -93,20 +115,7 @@ def check_cross_entropy(
     losses = F.cross_entropy(logits, targets, reduction="none")
     squares = logits.logsumexp(1).square()[targets != -100].sum()
     expected = losses.sum() + z_loss * squares
-    assert_close(loss, expected, relative=1e-14, name="loss")
-    everywhere = [torch.empty_like(loss) for _ in range(dist.get_world_size())]
-    dist.all_gather(everywhere, loss.detach())
-    assert all(torch.equal(each, loss) for each in everywhere)
-
-    d_hidden, d_shard = torch.autograd.grad(loss * 0.37, [hidden, shard])
-    wanted = torch.autograd.grad(expected * 0.37, [hidden, weight])
-    assert_close(added(d_hidden), wanted[0], relative=1e-13, name="d_hidden")
-    held = slice(vocabulary.first_row, vocabulary.first_row + vocabulary.num_rows)
-    absolute = 1e-13 * float(wanted[1].abs().max())  # of all ranks: one may have no row
-    assert_close(
-        d_shard[: vocabulary.num_rows], wanted[1][held], absolute=absolute, name="d_weight"
-    )
-    assert (d_shard[vocabulary.num_rows :] == 0).all()
+    check_gradients(loss, expected, (hidden, shard), (hidden, weight), vocabulary)
     assert_close(
         chunked_token_losses(hidden, shard, targets, chunk_tokens=chunk, vocabulary=vocabulary),
         losses, relative=1e-14, name="token losses",
@@ -114,6 +123,24 @@ def check_cross_entropy(
     for now, (then, version) in zip((hidden, shard, targets), before, strict=True):
         assert torch.equal(now.nan_to_num(7.0), then.nan_to_num(7.0))
         assert now._version == version
+
+
+def check_divergence(vocab_size: int, multiple: int, chunk: int, temperature: float) -> None:
+    hidden, weight, targets = inputs(vocab_size, "some", torch.float64)
+    teacher_hidden = torch.randn(13, 9, dtype=torch.float64)
+    teacher_weight = torch.randn(vocab_size, 9, dtype=torch.float64)
+    assert dist.group.WORLD is not None
+    shard, vocabulary = shard_of(weight, multiple, dist.group.WORLD)
+    teacher_shard, _ = shard_of(teacher_weight, multiple, dist.group.WORLD)
+    loss = chunked_kl(
+        hidden, shard, teacher_hidden, teacher_shard.detach(), targets,
+        chunk_tokens=chunk, temperature=temperature, vocabulary=vocabulary,
+    )  # fmt: skip
+    counted = targets != -100
+    student = F.log_softmax(hidden @ weight.T / temperature, dim=1)[counted]
+    teacher = F.log_softmax(teacher_hidden @ teacher_weight.T / temperature, dim=1)[counted]
+    expected = F.kl_div(student, teacher, log_target=True, reduction="sum") * temperature**2
+    check_gradients(loss, expected, (hidden, shard), (hidden, weight), vocabulary)
 
 
 def check_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
@@ -181,6 +208,7 @@ def check_everything(rank: int, world_size: int) -> None:
         check_logits(vocab_size, multiple)
         for chunk in (1, 4, 13, 64):
             check_cross_entropy(vocab_size, multiple, chunk, 0.3 * (chunk > 1), "some")
+            check_divergence(vocab_size, multiple, chunk, 1.0 if chunk == 1 else 2.5)
         check_cross_entropy(vocab_size, multiple, 4, 0.3, "all masked")
     check_lower_precision(torch.float32, 1e-6)
     check_lower_precision(torch.bfloat16, 4e-3)

@@ -1,4 +1,4 @@
-"""How much memory operators hold at once, counted from their results: no allocator, no process."""
+"""What operators cost, counted as they run: products, and bytes that their results hold."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
 
 
 class PeakBytes(TorchDispatchMode):
