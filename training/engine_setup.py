@@ -17,6 +17,8 @@ from training.layout import cut_stages, layout_lines
 from training.metrics import Throughput
 from training.optimizer import build_groups
 from training.origin import Origin
+from training.teacher import load_teacher, teacher_spec
+from training.weight_source import WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,16 @@ DTYPES = {
 }
 
 
-def build_engine(config: RunConfig, backend: Backend, mesh: Mesh, origin: Origin) -> TorchEngine:
+def build_engine(
+    config: RunConfig,
+    backend: Backend,
+    mesh: Mesh,
+    origin: Origin,
+    teacher: WeightSource | None = None,
+) -> TorchEngine:
     """The engine with its parameters drawn from the seed, or NaN where a checkpoint fills them.
+
+    A teacher's weights are loaded.
 
     Raises:
         ValueError: a freeze pattern that matches nothing, or that leaves nothing to train.
@@ -36,7 +46,7 @@ def build_engine(config: RunConfig, backend: Backend, mesh: Mesh, origin: Origin
     names = list(parameter_layouts(config.model))
     groups = build_groups(names, config.optimizer, new_parameters=origin.new_parameters)
     _describe_groups(groups, len(names))
-    return TorchEngine(
+    engine = TorchEngine(
         config.model,
         mesh=mesh,
         groups=groups,
@@ -48,8 +58,11 @@ def build_engine(config: RunConfig, backend: Backend, mesh: Mesh, origin: Origin
         kernels=backend.kernels(),
         recompute=recomputed_blocks(config.training, config.model.num_hidden_layers),
         seed=None if origin.resume is not None else config.seed,
+        teacher=teacher_spec(config, teacher),
         loss_chunk_tokens=config.training.loss_chunk_tokens,
     )
+    load_teacher(engine.teacher, teacher)
+    return engine
 
 
 def recomputed_blocks(config: TrainingConfig, num_blocks: int) -> frozenset[int]:

@@ -9,6 +9,7 @@ from models.cost import parameter_count
 from parallel.config import PipelineSchedule, Recompute
 from parallel.mesh import Mesh
 from parallel.pipeline_cut import StageCut, check_microbatches, cut
+from parallel.split_backward import check_split_backward
 from parallel.tensor_parallel import check_sequence_length, check_tensor_parallel
 from training.config import RunConfig
 from training.stages import StagePlan, check_rows
@@ -39,6 +40,8 @@ def check_layout(config: RunConfig, plan: StagePlan, *, dp_size: int) -> None:
         if parallel.pp > 1:
             count = stage.config.rows_per_step // (dp_size * training.microbatch_rows)
             check_microbatches(parallel.schedule, count, parallel.pp, parallel.stages_per_rank)
+    if parallel.pp > 1 and parallel.schedule is PipelineSchedule.zero_bubble:
+        check_split_backward()
     _check_recomputation(config)
 
 

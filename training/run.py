@@ -25,6 +25,7 @@ from training.run_folder import CONFIG, held, open_folder
 from training.stage_data import open_data
 from training.stages import build_plan
 from training.step import Stepper
+from training.teacher import open_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def run(config: RunConfig) -> bool:
         origin = find_origin(config, data, mesh)
         if origin.resume is not None:
             check_unchanged(run_dir / CONFIG, config)
-        engine = build_engine(config, backend, mesh, origin)
+        teacher = open_teacher(config, data, mesh)
+        engine = build_engine(config, backend, mesh, origin, teacher)
         state = restore(engine, origin, config, plan, data, mesh)
         stepper = Stepper(
             engine=engine,
