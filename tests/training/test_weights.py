@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from models.initialisation import tensor_for
-from models.layouts import parameter_layouts, parameter_shapes
+from models.layouts import is_new_parameter, parameter_layouts, parameter_shapes
 from parallel.boxes import Box, LazyTensor
 from parallel.checkpoint import CheckpointError, save_streamed, step_directory
 from training.config import InitConfig
