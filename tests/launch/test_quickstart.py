@@ -27,9 +27,12 @@ CONFIG_NAMES = {
 }
 
 
+@pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize("size", list(Size))
-def test_every_part_is_a_command_line_that_composes(tmp_path: Path, size: Size) -> None:
-    parts = list(plan_parts(QuickstartConfig(size=size), tmp_path))
+def test_every_part_is_a_command_line_that_composes(
+    tmp_path: Path, size: Size, teacher: bool
+) -> None:
+    parts = list(plan_parts(QuickstartConfig(size=size, teacher=teacher), tmp_path))
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
         arguments = list(part.arguments)
