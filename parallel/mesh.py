@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -90,6 +90,10 @@ class Mesh:
             dist.broadcast_object_list(values, src=0, group=self.group)
         result: Value = values[0]
         return result
+
+    def on_own_group(self) -> Mesh:
+        """This mesh with `group` a new gloo group of all ranks, for a thread's collectives."""
+        return replace(self, group=dist.new_group(backend="gloo"))
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -34,6 +34,7 @@ class Agreement:
     num_targets: int
     visible: Visible
     is_stop_requested: bool
+    is_saving: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +59,19 @@ class Stepper:
     memory_bytes: Callable[[], int | None]
     clock: Callable[[], float] = time.perf_counter
 
-    def agree(self, rows: Microbatch, *, stop: bool) -> Agreement:
-        """Sum this rank's counts, and whether it was asked to stop, over all ranks. Collective."""
+    def agree(self, rows: Microbatch, *, stop: bool, saving: bool) -> Agreement:
+        """Sum this rank's counts over all ranks; collective.
+
+        Whether any rank was asked to stop, or still writes a checkpoint, is told in the same call.
+        """
         lengths = SequenceContext.from_document_ids(rows.document_ids).lengths
         tokens = rows.tokens.numel()
         full = mean_visible(lengths) * tokens
         window = mean_visible(lengths, self.window_tokens) * tokens
-        counts = [float((rows.labels >= 0).sum()), full, window, float(stop)]
+        counts = [float((rows.labels >= 0).sum()), full, window, float(stop), float(saving)]
         total = self.engine.sum_over_ranks(torch.tensor(counts, dtype=torch.float64)).tolist()
-        return Agreement(round(total[0]), Visible(total[1], total[2]), total[3] > 0)
+        visible = Visible(total[1], total[2])
+        return Agreement(round(total[0]), visible, total[3] > 0, is_saving=total[4] > 0)
 
     def step(
         self, state: TrainState, stage: Stage, work: Work
