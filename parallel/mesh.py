@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from parallel import meeting
 from parallel.backend.base import Backend
 from parallel.config import ParallelConfig, Shard
 
@@ -214,5 +215,7 @@ def _join(collective_backend: str, *, rank: int, size: int, device: torch.device
     if size == 1:
         # HashStore is public API that torch exports through the compiled module only.
         dist.init_process_group(store=dist.HashStore(), **options)  # type: ignore[attr-defined]
+    elif meeting.is_store_shared(os.environ):
+        dist.init_process_group(store=meeting.join(rank, size), **options)
     else:
         dist.init_process_group(init_method="env://", **options)
