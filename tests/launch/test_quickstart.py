@@ -150,6 +150,15 @@ def test_a_failing_part_shows_the_end_of_its_log(tmp_path: Path) -> None:
     assert log.read_text().startswith("$ python -m launch.inspect")
 
 
+def test_a_part_that_was_stopped_is_not_done(tmp_path: Path) -> None:
+    """Its status is 0, and the next part would take half a model for a whole one."""
+    part = Part("base", "inspect", ("--help",), 1.0, tmp_path / "base")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "stopped.json").write_text("{}")
+    with pytest.raises(RuntimeError, match=r"base was stopped before its end\. The same command"):
+        _run(part, 0, tmp_path / "base.log", _Progress([1.0]))
+
+
 def test_the_progress_line_counts_parts_by_their_share_of_the_time() -> None:
     progress = _Progress([100.0, 300.0])
     assert "about 6m40s left" in progress.line(0, "prepare", 0.0)

@@ -92,17 +92,21 @@ def rows() -> Rows:
 
 
 def work(found: Stepper, sample_ids: tuple[object, ...] = ("x", "y", "z")) -> Work:
-    return Work(rows(), sample_ids, found.agree(rows(), stop=False), started=10.0)
+    return Work(rows(), sample_ids, found.agree(rows(), stop=False, saving=False), started=10.0)
 
 
 def test_ranks_agree_on_targets_visible_keys_and_stopping() -> None:
-    agreement = stepper(FakeEngine()).agree(rows(), stop=False)
+    agreement = stepper(FakeEngine()).agree(rows(), stop=False, saving=False)
     assert agreement.num_targets == 2 * 13
     full = [*range(1, 9), *range(1, 6), *range(1, 4)]
     assert agreement.visible.full == 2 * sum(full)
     assert agreement.visible.window == 2 * sum(min(keys, 3) for keys in full)
     assert not agreement.is_stop_requested
-    assert stepper(FakeEngine()).agree(rows(), stop=True).is_stop_requested
+    assert not agreement.is_saving
+    stopping = stepper(FakeEngine()).agree(rows(), stop=True, saving=False)
+    assert (stopping.is_stop_requested, stopping.is_saving) == (True, False)
+    saving = stepper(FakeEngine()).agree(rows(), stop=False, saving=True)
+    assert (saving.is_stop_requested, saving.is_saving) == (False, True)
 
 
 def test_a_step_updates_once_and_describes_itself() -> None:
