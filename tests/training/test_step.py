@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,14 @@ class FakeEngine:
 
     def forward_backward(
         self, microbatches: Sequence[Microbatch], *, num_targets: int, spikes: Spikes | None = None
-    ) -> float:
+    ) -> dict[str, float]:
         self.calls.append({"rows": [part.tokens.shape[0] for part in microbatches],
                            "num_targets": num_targets, "spikes": spikes})  # fmt: skip
         if self.failure == "loss":
             raise NonFiniteError("loss", float("nan"), rank=1, parameter=None)
         if spikes is not None and spikes.recorder is not None:
             spikes.recorder.record("0/ffn_in", torch.tensor(COUNTS))
-        return 2.5
+        return {"loss": 2.5, "distill/kl": 0.25}
 
     def clip_and_step(self, lr: float) -> float:
         if self.failure == "gradient":
@@ -64,10 +64,12 @@ class FakeEngine:
         self.rates.append(lr)
         return 0.75
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        if values.dim() == 1:
-            return values * 2
-        return values + recorded(OTHER_COUNTS).tensors()["0/ffn_in"]
+    def agree(self, values: Tensor, flags: Sequence[bool]) -> tuple[Tensor, tuple[bool, ...]]:
+        return values * 2, tuple(flags)
+
+    def sum_by_name(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        other = recorded(OTHER_COUNTS).tensors()
+        return {name: value + other[name] for name, value in values.items()}
 
 
 def stepper(engine: FakeEngine, spiking: SpikingConfig | None = None) -> Stepper:
@@ -117,7 +119,7 @@ def test_a_step_updates_once_and_describes_itself() -> None:
     assert engine.rates == [STAGE.learning_rate(1)]
     assert (state.step, state.tokens) == (2, 128)
     assert row == {
-        "step": 2, "tokens": 128, "loss": 2.5, "grad_norm": 0.75, "lr": STAGE.learning_rate(1),
+        "step": 2, "tokens": 128, "loss": 2.5, "distill/kl": 0.25, "grad_norm": 0.75, "lr": STAGE.learning_rate(1),
         "tokens_per_second": 32.0, "mfu": None, "mfu_6n": None, "memory_bytes": 77,
         "sample_hash": chain(TrainState().sample_hash, ["x", "y", "z"]), "stage": "short",
     }  # fmt: skip
