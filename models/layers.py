@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from models.config import ModelConfig
 from models.kernels import KernelSet
 from models.loss import chunked_cross_entropy, chunked_token_losses, logits_of
+from models.recomputation import NOTHING, Recomputation
 from models.rotary import Rotary
 from models.spiking.channels import WHOLE_CHANNELS, Channels
 from models.vocabulary import VocabularyShard
@@ -205,3 +206,4 @@ class Parts:
     kernels: KernelSet
     rotary: Rotary
     build_neuron: Callable[[Channels], nn.Module | None]
+    recompute: Recomputation = NOTHING

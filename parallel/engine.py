@@ -7,7 +7,7 @@ loop never learns how ranks are laid out; nothing here reads or writes files.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from models.initialisation import tensor_for
 from models.layers import LayerProvider, ParamLayout
 from models.layouts import parameter_layouts
 from models.model import Model
+from models.recomputation import NOTHING, Recomputation
 from parallel.boxes import Box, local_of
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.engine_protocol import Engine, Microbatch, ParamGroup, UpdateRule
@@ -52,7 +53,7 @@ class TorchEngine:
         groups: trained parameters; all others are frozen and have no optimizer state.
         rule: update rule and clip norm.
         kernels: attention kernels.
-        recompute: blocks whose activations are computed again in the backward pass.
+        recompute: what is computed again in the backward pass.
         seed: draws every parameter; None leaves NaN for a checkpoint to fill.
         loss_chunk_tokens: tokens whose logits exist at a time.
 
@@ -72,7 +73,7 @@ class TorchEngine:
         spiking: SpikingConfig | None = None,
         precision: Precision = Precision.fp32,
         kernels: KernelSet | None = None,
-        recompute: Collection[int] = frozenset(),
+        recompute: Recomputation = NOTHING,
         seed: int | None = None,
         loss_chunk_tokens: int = 1024,
     ) -> None:
