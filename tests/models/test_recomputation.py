@@ -122,7 +122,7 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize(("mixer", "kind", "spiking"), SAVED, ids=" ".join)
+@pytest.mark.parametrize(("mixer", "kind", "spiking"), SAVED)
 def test_bytes_saved_are_those_of_the_tensors_that_go(mixer: str, kind: str, spiking: str) -> None:
     config = tiny_config(mixers=mixer, ffns="d")
     again = Recomputation(**{kind: frozenset({0})})

@@ -23,6 +23,7 @@ from models.config import (
 from models.initialisation import tensor_for
 from models.layouts import parameter_layouts
 from models.model import Model
+from models.recomputation import Recomputation
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
 from models.spiking.recorder import SpikeRecorder
@@ -62,12 +63,14 @@ class Case:
     """One way to compute the same run; `oracle` drops everything that must not matter.
 
     `is_cuttable` takes a deeper model, whose heads and channels four ranks can share out.
+    `recompute` drops the first two blocks, `selective` norms, activations and mixers of all.
     """
 
     parallel: ParallelConfig = ParallelConfig()
     is_cuttable: bool = False
     microbatch_rows: int = ROWS
     recompute: bool = False
+    selective: bool = False
     rule: Rule = Rule()
     tied: bool = False
     frozen: bool = False
@@ -210,10 +213,17 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
         precision=case.precision,
         parallel=case.parallel,
         stages=cut(config, case.parallel, sequence_length=TOKENS),
-        recompute=frozenset({0, 1}) if case.recompute else frozenset(),
+        recompute=recomputation_of(case, config),
         seed=seed,
         loss_chunk_tokens=16,
     )
+
+
+def recomputation_of(case: Case, config: ModelConfig) -> Recomputation:
+    layers = frozenset(range(config.num_hidden_layers))
+    if case.selective:
+        return Recomputation(norms=layers, activations=layers, mixers=layers)
+    return Recomputation(blocks=frozenset({0, 1}) if case.recompute else frozenset())
 
 
 def train_step(
