@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -181,7 +182,11 @@ def test_spikes_come_back_without_their_recorder() -> None:
 def test_without_gradients_it_is_a_plain_call() -> None:
     x, weights = operands()
     calls = Calls()
-    with torch.no_grad(), recomputed(calls, x) as y:
+    with (
+        torch.no_grad(),
+        torch.autograd.graph.disable_saved_tensors_hooks("there is nothing to watch"),
+        recomputed(calls, x) as y,
+    ):
         assert torch.equal(y, x.exp())
     assert calls.count == 1
     frozen = x.detach()
@@ -189,6 +194,14 @@ def test_without_gradients_it_is_a_plain_call() -> None:
         loss = (y @ weights[0]).sum()
     (gradient,) = torch.autograd.grad(loss, weights[0])
     assert_close(gradient, frozen.exp().sum(0)[:, None].expand(WIDTH, OUT), relative=1e-14)
+
+
+def test_a_plain_call_lets_go_of_its_arguments() -> None:
+    arguments = [torch.ones(2)]
+    reference = weakref.ref(arguments[0])
+    with recomputed(torch.neg, arguments.pop(), when=False) as y:
+        assert reference() is None
+        assert y.tolist() == [-1.0, -1.0]
 
 
 def test_a_function_that_does_something_else_the_second_time_fails() -> None:

@@ -26,7 +26,7 @@ from models.model import Model
 from models.recomputation import Recomputation
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
-from models.spiking.recorder import SpikeRecorder
+from models.spiking.recorder import NUM_BINS, SpikeRecorder
 from parallel.boxes import Box
 from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import ParamGroup, TorchEngine
@@ -246,7 +246,7 @@ def train(engine: TorchEngine, case: Case, *, first: int = 0, last: int = STEPS)
         if recorder is not None:
             gradients = gather(engine.mesh, engine.gradients())
             recorder.load(engine.sum_by_name(recorder.tensors()))
-            statistics = recorder.summary()
+            statistics = statistics_of(recorder)
         norms.append(engine.clip_and_step(LEARNING_RATE))
     final = gather(engine.mesh, engine.parameters)
     return Run(tuple(losses), tuple(norms), statistics, gradients, final)
@@ -322,7 +322,16 @@ def oracle_statistics(case: Case) -> dict[str, float]:
     for rows in share_of(rows_of(0), 0, 1, case.microbatch_rows):
         sequence = SequenceContext.from_document_ids(rows.document_ids)
         model(rows.tokens, sequence, spikes=spikes_of(case, recorder))
-    return recorder.summary()
+    return statistics_of(recorder)
+
+
+def statistics_of(recorder: SpikeRecorder) -> dict[str, float]:
+    """Metrics, and how many values they are of: means alone would not see one counted twice."""
+    counted = {
+        f"{site}/num_values": float(sums[:NUM_BINS].sum())
+        for site, sums in recorder.tensors().items()
+    }
+    return recorder.summary() | counted
 
 
 def plain_model(case: Case) -> Model:
