@@ -17,6 +17,7 @@ from launch.compose import command
 from launch.quickstart_plan import VARIANTS, Part, QuickstartConfig, plan_parts
 from launch.quickstart_record import Record, code_stamp
 from parallel.backend.cpu import CpuBackend
+from training.health import STOPPED
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def _run(part: Part, index: int, log: Path, progress: _Progress) -> float:
     """Run one part, its output in `log`; returns its seconds.
 
     Raises:
-        RuntimeError: a part that failed, with the end of its output.
+        RuntimeError: a part that failed, with the end of its output, or that was stopped.
     """
     begin = time.monotonic()
     argv = part.argv()
@@ -108,6 +109,8 @@ def _run(part: Part, index: int, log: Path, progress: _Progress) -> float:
     if status != 0:
         tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
         raise RuntimeError(f"{part.name} ended with status {status}. The end of {log}:\n{tail}")
+    if part.output is not None and (part.output / STOPPED).exists():
+        raise RuntimeError(f"{part.name} was stopped before its end. The same command goes on.")
     return round(time.monotonic() - begin, 1)
 
 

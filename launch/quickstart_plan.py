@@ -26,7 +26,7 @@ class QuickstartConfig:
     """Where it goes, how long it trains, on what.
 
     `out` null: a folder of its own for each size. `num_processes` null: two, or one where there is
-    one device.
+    one device. With `teacher` the continuation also learns from the base that was converted.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -35,6 +35,7 @@ class QuickstartConfig:
     out: str | None = None
     num_processes: int | None = None
     backend: BackendName = BackendName.auto
+    teacher: bool = False
 
     def __post_init__(self) -> None:
         if self.num_processes is not None and self.num_processes < 1:
@@ -44,7 +45,7 @@ class QuickstartConfig:
     def folder(self) -> Path:
         """Where everything is written."""
         own = {Size.full: "outputs/quickstart", Size.ci: "outputs/quickstart_ci"}
-        return Path(self.out or own[self.size])
+        return Path(self.out or own[self.size] + "_teacher" * self.teacher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ class Part:
 
 VARIANTS = ("base", "control", "scratch", "converted", "continued", "spiked")
 WINDOW_TOKENS = 64
+KL = 1.0
+"""Weight of the divergence from the teacher, where there is one (LOG.md)."""
 
 
 def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
@@ -102,7 +105,8 @@ def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
     yield train("control", "quickstart_control", 56, f"init.checkpoint={base_hf}")
     half = ("spiking.start_step=4",) if ci else ()
     converted = f"init.checkpoint={out / 'converted'}"
-    yield train("continue", "quickstart_continue", 60, converted, *half)
+    learned = (f"training.teacher={base_hf}", f"distill.kl={KL}") if config.teacher else ()
+    yield train("continue", "quickstart_continue", 60, converted, *half, *learned)
     yield train("scratch", "quickstart_scratch", 59, *half)
     yield from _evaluations(out, backend, rows=4 if ci else 64)
     exported = (f"checkpoint={out / 'continue'}", f"out={out / 'gla_swa'}", "format=gla_swa")

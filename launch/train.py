@@ -10,9 +10,6 @@ from launch.compose import command, leave
 from training.config import RunConfig
 from training.run import run
 
-STOPPED_STATUS = 75
-"""EX_TEMPFAIL: nothing went wrong, and the same command goes on."""
-
 
 def model_from_checkpoint(raw: dict[str, Any]) -> dict[str, Any]:
     """With `model=from_checkpoint` the model is the one of `init.checkpoint`.
@@ -32,11 +29,13 @@ def main(config: RunConfig) -> None:
     """Continual pretraining through the stages of an experiment.
 
     The same command again resumes from the newest complete checkpoint of run_dir. Many processes:
-    torchrun --nproc-per-node N -m launch.train key=value ... Exit status 75 says that the run was
-    stopped and saved before its last step.
+    torchrun --nproc-per-node N -m launch.train key=value ... Asked to stop (SIGTERM, SIGUSR1) a run
+    saves, says so in run_dir/stopped.json and ends with status 0.
     """
     if not run(config):
-        leave(STOPPED_STATUS)
+        leave(0)
+        # A sweep would go on to its next job.
+        raise SystemExit(0)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ def parameter_layouts(
     }
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Global shapes of all parameters; errors as `parameter_layouts`."""
+    return {name: layout.global_shape for name, layout in parameter_layouts(config).items()}
+
+
 def _whole_rows(config: ModelConfig) -> dict[str, ParamLayout]:
     refuse_unsupported(config)
     table = {"embedding.weight": ParamLayout((config.vocab_size, config.hidden_size), tp_dim=0)}

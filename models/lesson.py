@@ -82,7 +82,8 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, loss: Tensor, scale: float) -> Tensor:
         ctx.scale, ctx.dtype = scale, loss.dtype
-        return value.view_as(value)
+        # FSDP warns of a root module that returns a view, as it does for the loss.
+        return value.view_as(value) if value.dim() else value.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

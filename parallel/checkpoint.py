@@ -186,19 +186,17 @@ def _may_replace(directory: Path) -> bool:
 
 def _write(temporary: Path, tensors: Mapping[str, Any], mesh: Mesh | None) -> dict[str, FileFacts]:
     """Write all boxes; returns the facts of every rank's data files."""
-    writer = HashingWriter(temporary)
+    writer, planner = HashingWriter(temporary), BoxSavePlanner()
+    if mesh is not None:
+        dcp_save(dict(tensors), storage_writer=writer, planner=planner, process_group=mesh.group)
+        parts = mesh.gather(writer.files)
+        return {name: facts for part in parts for name, facts in part.items()}
     with warnings.catch_warnings():
-        # DCP wonders about a single process on purpose without a process group.
+        # DCP wonders about a process on purpose without a process group. Filters belong to all
+        # threads; what is saved in the background has a mesh.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp_save(
-            dict(tensors),
-            storage_writer=writer,
-            planner=BoxSavePlanner(),
-            process_group=None if mesh is None else mesh.group,
-            no_dist=mesh is None or mesh.size == 1,
-        )
-    parts = [writer.files] if mesh is None else mesh.gather(writer.files)
-    return {name: facts for part in parts for name, facts in part.items()}
+        dcp_save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
+    return writer.files
 
 
 def _add(temporary: Path, add_files: AddFiles | None, written: dict[str, FileFacts]) -> None:

@@ -137,17 +137,18 @@ def set_aside(run_dir: Path, *, after_step: int) -> list[Path]:
     folder = run_dir / "checkpoints"
     moved = []
     for name in _step_names(run_dir):
-        if int(name.removeprefix("step_")) > after_step:
+        if _step_of(name) > after_step:
             target = folder / f"damaged_{name}"
             shutil.rmtree(target, ignore_errors=True)
             moved.append((folder / name).rename(target))
     return moved
 
 
-def prune(run_dir: Path, *, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and what interrupted saves left behind.
+def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int | None = None) -> None:
+    """Remove old checkpoints and what interrupted saves left behind.
 
-    Call it on one rank, after a successful save.
+    The newest `keep_last` stay, and all whose step is a multiple of `keep_every_steps`. Call it on
+    one rank, after a successful save.
 
     Raises:
         ValueError: `keep_last` below 1.
@@ -156,6 +157,8 @@ def prune(run_dir: Path, *, keep_last: int) -> None:
         raise ValueError(f"checkpoint.keep_last ({keep_last}) must be at least 1.")
     folder = run_dir / "checkpoints"
     for name in _step_names(run_dir)[:-keep_last]:
+        if keep_every_steps is not None and _step_of(name) % keep_every_steps == 0:
+            continue
         # Renamed first, so that a half-removed folder is never taken for a checkpoint.
         removed = folder / f".{name}.removed"
         (folder / name).rename(removed)
@@ -174,6 +177,10 @@ def _step_names(run_dir: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if is_step_name(path.name))
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step_"))
 
 
 def _problem(path: Path, expected: dict[str, Any]) -> str | None:

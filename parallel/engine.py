@@ -181,14 +181,16 @@ class TorchEngine:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum of small CPU tensors over data-parallel ranks: the same bits on every rank."""
-        return self.agree(values, False)[0]
+        return self.agree(values, ())[0]
 
-    def agree(self, values: Tensor, flag: bool) -> tuple[Tensor, bool]:
-        """Sum of `values` over data-parallel ranks, and whether any rank at all raised its flag."""
-        row = torch.cat([values.reshape(-1).double(), torch.tensor([float(flag)])])
-        rows = torch.tensor(self.mesh.gather_numbers(row.tolist()), dtype=torch.float64)
+    def agree(self, values: Tensor, flags: Sequence[bool]) -> tuple[Tensor, tuple[bool, ...]]:
+        """Sum of `values` over data-parallel ranks, and which flags any rank at all raised."""
+        row = [*values.reshape(-1).double().tolist(), *(float(flag) for flag in flags)]
+        rows = torch.tensor(self.mesh.gather_numbers(row), dtype=torch.float64)
         total = rows[self.mesh.ranks_at(pp=0, tp=0)].sum(dim=0)
-        return total[:-1].reshape(values.shape), bool(rows[:, -1].any())
+        count = values.numel()
+        raised = tuple(bool(column.any()) for column in rows[:, count:].unbind(dim=1))
+        return total[:count].reshape(values.shape), raised
 
     def sum_by_name(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sum float64 tensors of one shape over all ranks, where a rank may lack some names.

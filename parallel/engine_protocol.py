@@ -51,8 +51,8 @@ class Engine(Protocol):
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum of small CPU tensors over data-parallel ranks, the same bits on every rank."""
 
-    def agree(self, values: Tensor, flag: bool) -> tuple[Tensor, bool]:
-        """Sum of `values` over data-parallel ranks, and whether any rank at all raised its flag."""
+    def agree(self, values: Tensor, flags: Sequence[bool]) -> tuple[Tensor, tuple[bool, ...]]:
+        """Sum of `values` over data-parallel ranks, and which flags any rank at all raised."""
 
     def sum_by_name(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sum tensors of one shape over all ranks, where a rank may lack some names."""

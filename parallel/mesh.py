@@ -10,13 +10,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from parallel import meeting
 from parallel.backend.base import Backend
 from parallel.config import ParallelConfig, Shard
 
@@ -162,6 +163,10 @@ class Mesh:
         result: Value = values[0]
         return result
 
+    def on_own_group(self) -> Mesh:
+        """This mesh with `group` a new gloo group of all ranks, for a thread's collectives."""
+        return replace(self, group=dist.new_group(backend="gloo"))
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
@@ -304,5 +309,7 @@ def _join(collective_backend: str, *, rank: int, size: int, device: torch.device
     if size == 1:
         # HashStore is public API that torch exports through the compiled module only.
         dist.init_process_group(store=dist.HashStore(), **options)  # type: ignore[attr-defined]
+    elif meeting.is_store_shared(os.environ):
+        dist.init_process_group(store=meeting.join(rank, size), **options)
     else:
         dist.init_process_group(init_method="env://", **options)

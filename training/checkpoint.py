@@ -6,6 +6,7 @@ The policy only: bytes, atomicity, hashes and boxes are `parallel.checkpoint`'s.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from data.prepared import TOKENIZER_FOLDER
 from data.tokenizer import Tokenizer
 from parallel import checkpoint
 from parallel.boxes import Box
+from parallel.checkpoint_writer import CheckpointWriter, Snapshot
 from parallel.engine_protocol import Engine
 from parallel.mesh import Mesh
 from training.config import CheckpointConfig, RunConfig
@@ -36,7 +38,11 @@ LIBRARIES = ("synfire", "torch", "megatron-core", "numpy", "sentencepiece", "tok
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """Writes the checkpoints of one run. `facts` are the manifest's entries that never change."""
+    """Writes the checkpoints of one run.
+
+    `facts` are the manifest's entries that never change. Without a `writer` every save holds
+    training until it is on the disk.
+    """
 
     run_dir: Path
     config: CheckpointConfig
@@ -44,12 +50,13 @@ class Checkpoints:
     mesh: Mesh
     tokenizer: Tokenizer
     facts: Mapping[str, Any]
+    writer: CheckpointWriter | None = None
 
     @classmethod
     def open(
         cls, config: RunConfig, data: RunData, engine: Engine, mesh: Mesh, origin: Origin
     ) -> Checkpoints:
-        """The checkpoints of a run that started from `origin`."""
+        """The checkpoints of a run that started from `origin`. Collective."""
         return cls(
             run_dir=Path(config.run_dir),
             config=config.checkpoint,
@@ -57,18 +64,37 @@ class Checkpoints:
             mesh=mesh,
             tokenizer=data.tokenizer,
             facts=manifest_facts(config, data, origin),
+            writer=CheckpointWriter(mesh) if config.checkpoint.asynchronous else None,
         )
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank writes in the background; ranks agree before they act on it."""
+        return self.writer is not None and self.writer.is_writing
 
     def is_due(self, step: int) -> bool:
         """Whether the interval asks for a checkpoint after this step."""
         interval = self.config.interval_steps
         return interval > 0 and step % interval == 0
 
-    def save(self, state: TrainState, stage: Stage) -> Path:
-        """Write weights, optimizer state and manifest, then drop old checkpoints. Collective.
+    def take(self) -> Snapshot | None:
+        """Copy what a checkpoint holds, for a save in the background; None if there is none.
+
+        Collective. Waits for the save before.
 
         Raises:
-            CheckpointError: it could not be written; older checkpoints are untouched.
+            CheckpointError: the save before could not be written.
+        """
+        return None if self.writer is None else self.writer.take(tensors(self.engine))
+
+    def save(self, state: TrainState, stage: Stage, snapshot: Snapshot | None = None) -> None:
+        """Write weights, optimizer state and manifest, then drop old checkpoints. Collective.
+
+        A snapshot, taken since the last update, is written in the background.
+
+        Raises:
+            CheckpointError: it could not be written; older checkpoints are untouched. What fails in
+                the background is raised by the next `finish` or `take`.
         """
         directory = checkpoint.step_directory(self.run_dir, state.step)
         manifest = {
@@ -78,20 +104,48 @@ class Checkpoints:
             "stage_step": state.step - stage.first_step,
             "num_updates": self.engine.num_updates,
         }
+        if snapshot is None or self.writer is None:
+            self._write(directory, tensors(self.engine), manifest, self.mesh)
+            return
+        logger.info("copied step %d in %.2f s", state.step, snapshot.stall_seconds)
+        boxes = snapshot.boxes
+        self.writer.start(directory, lambda mesh: self._write(directory, boxes, manifest, mesh))
+
+    def finish(self) -> None:
+        """Wait for what is being written in the background, if anything is. Collective.
+
+        Raises:
+            CheckpointError: it could not be written, on every rank alike.
+        """
+        if self.writer is not None:
+            self.writer.finish()
+
+    def close(self) -> None:
+        """After an error: let what this rank writes come to its end."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def _write(
+        self, directory: Path, boxes: Mapping[str, Box], manifest: Mapping[str, Any], mesh: Mesh
+    ) -> None:
+        started = time.perf_counter()
         checkpoint.save(
             directory,
-            tensors(self.engine),
+            boxes,
             manifest,
-            mesh=self.mesh,
+            mesh=mesh,
             add_files=lambda folder: self.tokenizer.copy_to(folder / TOKENIZER_FOLDER),
         )
-        self.mesh.agree("removing old checkpoints", self._prune)
-        logger.info("saved %s", directory)
-        return directory
+        mesh.agree("removing old checkpoints", self._prune)
+        logger.info("saved %s in %.2f s", directory, time.perf_counter() - started)
 
     def _prune(self) -> None:
         if self.mesh.is_main:
-            checkpoint.prune(self.run_dir, keep_last=self.config.keep_last)
+            checkpoint.prune(
+                self.run_dir,
+                keep_last=self.config.keep_last,
+                keep_every_steps=self.config.keep_every_steps,
+            )
 
 
 def load_everything(

@@ -41,7 +41,8 @@ class Loop:
 
         Raises:
             TrainingDivergedError: a loss or gradient norm that is not finite.
-            RankError: a checkpoint that could not be written.
+            RankError: a row that could not be written.
+            CheckpointError: a checkpoint that could not be written.
         """
         saved_step = state.step
         with StopRequest() as stop:
@@ -52,7 +53,7 @@ class Loop:
                     self._leave(reached, stop, saved_step)
                     return reached
                 state = reached
-        self._save(state, self.plan.stage_of(state.step - 1), saved_step)
+            self._save_last(state, saved_step)
         return state
 
     def _run_stage(
@@ -66,14 +67,17 @@ class Loop:
                 started = time.perf_counter()
                 batch = next(batches)
                 must_stop = stop.reason is not None or self.sinks.problem is not None
-                agreement = self.stepper.agree(batch, stop=must_stop)
+                saving = self.checkpoints.is_writing
+                agreement = self.stepper.agree(batch, stop=must_stop, saving=saving)
+                if not agreement.is_saving:
+                    self.checkpoints.finish()
                 if agreement.is_stop_requested:
                     break
                 sample_ids = self.data.sample_ids(stage, state.step)
                 work = Work(batch, sample_ids, agreement, started)
                 state = self._step(state, stage, work)
                 if self.checkpoints.is_due(state.step):
-                    saved_step = self._save(state, stage, saved_step)
+                    saved_step = state.step
         return state, saved_step
 
     def _step(self, state: TrainState, stage: Stage, work: Work) -> TrainState:
@@ -82,7 +86,15 @@ class Loop:
         except TrainingDivergedError as error:
             self._note_failure(state, stage, work, error)
             raise
+        if not self.checkpoints.is_due(state.step):
+            self._record(row, stage, state.step)
+            return state
+        snapshot = self.checkpoints.take()
+        if snapshot is not None:
+            row["checkpoint/stall_seconds"] = snapshot.stall_seconds
         self._record(row, stage, state.step)
+        self._agree_on_rows()
+        self.checkpoints.save(state, stage, snapshot)
         return state
 
     def _record(self, row: dict[str, Any], stage: Stage, step: int) -> None:
@@ -90,12 +102,12 @@ class Loop:
         if self.held_out.is_due(step, total_steps=self.plan.total_steps):
             self.sinks.evaluation(self.held_out.evaluate(stage, step))
 
-    def _save(self, state: TrainState, stage: Stage, saved_step: int) -> int:
-        """Save unless this step already is; returns the newest saved step."""
+    def _save_last(self, state: TrainState, saved_step: int) -> None:
+        """Finish what is being written, and save unless this step is."""
+        self.checkpoints.finish()
         if state.step > saved_step:
             self._agree_on_rows()
-            self.checkpoints.save(state, stage)
-        return state.step
+            self.checkpoints.save(state, self.plan.stage_of(state.step - 1))
 
     def _agree_on_rows(self) -> None:
         """No rank goes on when a row is not on the disk."""
@@ -105,9 +117,8 @@ class Loop:
     def _leave(self, state: TrainState, stop: StopRequest, saved_step: int) -> None:
         """Save and say why the run ends early."""
         self._agree_on_rows()
+        self._save_last(state, saved_step)
         stage = self.plan.stage_of(max(0, state.step - 1))
-        if state.step > 0:
-            self._save(state, stage, saved_step)
         reasons = [reason for reason in self.mesh.gather(stop.reason) if reason is not None]
         logger.info("stopped by %s after step %d; the same command goes on", reasons[0], state.step)
         if self.mesh.is_main:

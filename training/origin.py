@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.layouts import parameter_layouts
+from models.layouts import parameter_shapes
 from parallel.checkpoint import CheckpointError, newest_complete, read_manifest
 from parallel.engine_protocol import Engine
 from parallel.mesh import Mesh
@@ -69,8 +69,7 @@ def find_origin(config: RunConfig, data: RunData, mesh: Mesh) -> Origin:
         return Origin(None, {}, None, (), run_id, None)
     source = open_weights(config.init.checkpoint, mesh=mesh)
     check_same_tokenizer(source.path, source.tokenizer_sha256, data.tokenizer.sha256)
-    layouts = parameter_layouts(config.model)
-    shapes = {name: layout.global_shape for name, layout in layouts.items()}
+    shapes = parameter_shapes(config.model)
     report = match_weights(shapes, source, config.init)
     warn_of_differences(config.model, source)
     kept = tuple(name for name in source.new_parameters if name in shapes)
@@ -111,7 +110,8 @@ def restore(
         logger.info("resumed from %s after step %d", origin.resume, state.step)
         return state
     if origin.source is not None:
-        report = load_weights(engine.parameters, origin.source, config.init)
+        shapes = parameter_shapes(config.model)
+        report = load_weights(engine.parameters, shapes, origin.source, config.init)
         logger.info("weights from %s: %s", origin.source.path, report.describe())
     else:
         logger.info("weights: random, seed %d", config.seed)

@@ -64,7 +64,8 @@ def run(config: RunConfig) -> bool:
         )
         held_out = HeldOut.open(config, plan, data, engine, mesh)
         checkpoints = Checkpoints.open(config, data, engine, mesh, origin)
-        with closing(open_folder(config, state, origin.run_id, plan, mesh)) as sinks:
+        folder = open_folder(config, state, origin.run_id, plan, mesh)
+        with closing(folder) as sinks, closing(checkpoints):
             loop = Loop(mesh, plan, data, stepper, checkpoints, sinks, held_out)
             state = loop.fit(state)
         logger.info("step %d of %d, %d tokens", state.step, plan.total_steps, state.tokens)

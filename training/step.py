@@ -34,6 +34,7 @@ class Agreement:
     num_targets: int
     visible: Visible
     is_stop_requested: bool
+    is_saving: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +59,21 @@ class Stepper:
     memory_bytes: Callable[[], int | None]
     clock: Callable[[], float] = time.perf_counter
 
-    def agree(self, rows: Microbatch, *, stop: bool) -> Agreement:
-        """Sum this rank's counts, and whether it was asked to stop, over all ranks. Collective."""
+    def agree(self, rows: Microbatch, *, stop: bool, saving: bool) -> Agreement:
+        """Sum this rank's counts over all ranks; collective.
+
+        Whether any rank was asked to stop, or still writes a checkpoint, is told in the same call.
+        """
         lengths = SequenceContext.from_document_ids(rows.document_ids).lengths
         tokens = rows.tokens.numel()
         full = mean_visible(lengths) * tokens
         window = mean_visible(lengths, self.window_tokens) * tokens
         counts = [float((rows.labels >= 0).sum()), full, window]
-        total, must_stop = self.engine.agree(torch.tensor(counts, dtype=torch.float64), stop)
-        return Agreement(round(float(total[0])), Visible(*total[1:].tolist()), must_stop)
+        total, (must_stop, is_saving) = self.engine.agree(
+            torch.tensor(counts, dtype=torch.float64), (stop, saving)
+        )
+        visible = Visible(*total[1:].tolist())
+        return Agreement(round(float(total[0])), visible, must_stop, is_saving=is_saving)
 
     def step(
         self, state: TrainState, stage: Stage, work: Work

@@ -64,16 +64,24 @@ def match_weights(
 
 
 def load_weights(
-    boxes: Mapping[str, Box], source: WeightSource, config: InitConfig
+    boxes: Mapping[str, Box],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: WeightSource,
+    config: InitConfig,
 ) -> WeightReport:
     """Fill this rank's boxes from the source; new parameters keep their initial values.
+
+    Args:
+        boxes: of the parameters that this rank has a part of.
+        shapes: of all parameters of the model.
+        source: where weights come from.
+        config: which names only one side may have.
 
     Raises:
         ValueError: as `match_weights`.
     """
-    shapes = {name: box.global_shape for name, box in boxes.items()}
     report = match_weights(shapes, source, config)
-    for name, tensor in source.read(report.loaded):
+    for name, tensor in source.read([name for name in report.loaded if name in boxes]):
         boxes[name].fill(tensor)
     return report
 

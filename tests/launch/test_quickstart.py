@@ -27,9 +27,12 @@ CONFIG_NAMES = {
 }
 
 
+@pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize("size", list(Size))
-def test_every_part_is_a_command_line_that_composes(tmp_path: Path, size: Size) -> None:
-    parts = list(plan_parts(QuickstartConfig(size=size), tmp_path))
+def test_every_part_is_a_command_line_that_composes(
+    tmp_path: Path, size: Size, teacher: bool
+) -> None:
+    parts = list(plan_parts(QuickstartConfig(size=size, teacher=teacher), tmp_path))
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
         arguments = list(part.arguments)
@@ -145,6 +148,15 @@ def test_a_failing_part_shows_the_end_of_its_log(tmp_path: Path) -> None:
         _run(part, 0, log, _Progress([1.0]))
     assert str(tmp_path / "nothing") in str(caught.value)
     assert log.read_text().startswith("$ python -m launch.inspect")
+
+
+def test_a_part_that_was_stopped_is_not_done(tmp_path: Path) -> None:
+    """Its status is 0, and the next part would take half a model for a whole one."""
+    part = Part("base", "inspect", ("--help",), 1.0, tmp_path / "base")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "stopped.json").write_text("{}")
+    with pytest.raises(RuntimeError, match=r"base was stopped before its end\. The same command"):
+        _run(part, 0, tmp_path / "base.log", _Progress([1.0]))
 
 
 def test_the_progress_line_counts_parts_by_their_share_of_the_time() -> None:

@@ -311,6 +311,17 @@ def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: Sequence[int]) 
     assert names_in(tmp_path / "checkpoints") == ["mine", *(f"step_{s:08d}" for s in left)]
 
 
+@pytest.mark.parametrize(
+    ("keep", "every", "left"),
+    [(1, 20, [20, 40, 50]), (2, 30, [30, 40, 50]), (1, 10, [10, 20, 30, 40, 50]), (1, 70, [50])],
+)
+def test_prune_keeps_milestones(tmp_path: Path, keep: int, every: int, left: Sequence[int]) -> None:
+    for step in (10, 20, 30, 40, 50):
+        step_directory(tmp_path, step).mkdir(parents=True)
+    prune(tmp_path, keep_last=keep, keep_every_steps=every)
+    assert names_in(tmp_path / "checkpoints") == [f"step_{step:08d}" for step in left]
+
+
 def test_prune_refuses_to_keep_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"keep_last \(0\) must be at least 1"):
         prune(tmp_path, keep_last=0)

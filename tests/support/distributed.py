@@ -26,6 +26,7 @@ PRELOADED = (
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
+    "torch._dynamo",
     "torch.distributed.device_mesh",
     "pytest",
     "training.run",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,14 @@ class FakeEngine:
 
     def forward_backward(
         self, microbatches: Sequence[Microbatch], *, num_targets: int, spikes: Spikes | None = None
-    ) -> float:
+    ) -> dict[str, float]:
         self.calls.append({"rows": [part.tokens.shape[0] for part in microbatches],
                            "num_targets": num_targets, "spikes": spikes})  # fmt: skip
         if self.failure == "loss":
             raise NonFiniteError("loss", float("nan"), rank=1, parameter=None)
         if spikes is not None and spikes.recorder is not None:
             spikes.recorder.record("0/ffn_in", torch.tensor(COUNTS))
-        return 2.5
+        return {"loss": 2.5, "distill/kl": 0.25}
 
     def clip_and_step(self, lr: float) -> float:
         if self.failure == "gradient":
@@ -64,10 +64,12 @@ class FakeEngine:
         self.rates.append(lr)
         return 0.75
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        if values.dim() == 1:
-            return values * 2
-        return values + recorded(OTHER_COUNTS).tensors()["0/ffn_in"]
+    def agree(self, values: Tensor, flags: Sequence[bool]) -> tuple[Tensor, tuple[bool, ...]]:
+        return values * 2, tuple(flags)
+
+    def sum_by_name(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        other = recorded(OTHER_COUNTS).tensors()
+        return {name: value + other[name] for name, value in values.items()}
 
 
 def stepper(engine: FakeEngine, spiking: SpikingConfig | None = None) -> Stepper:
@@ -92,17 +94,21 @@ def rows() -> Rows:
 
 
 def work(found: Stepper, sample_ids: tuple[object, ...] = ("x", "y", "z")) -> Work:
-    return Work(rows(), sample_ids, found.agree(rows(), stop=False), started=10.0)
+    return Work(rows(), sample_ids, found.agree(rows(), stop=False, saving=False), started=10.0)
 
 
 def test_ranks_agree_on_targets_visible_keys_and_stopping() -> None:
-    agreement = stepper(FakeEngine()).agree(rows(), stop=False)
+    agreement = stepper(FakeEngine()).agree(rows(), stop=False, saving=False)
     assert agreement.num_targets == 2 * 13
     full = [*range(1, 9), *range(1, 6), *range(1, 4)]
     assert agreement.visible.full == 2 * sum(full)
     assert agreement.visible.window == 2 * sum(min(keys, 3) for keys in full)
     assert not agreement.is_stop_requested
-    assert stepper(FakeEngine()).agree(rows(), stop=True).is_stop_requested
+    assert not agreement.is_saving
+    stopping = stepper(FakeEngine()).agree(rows(), stop=True, saving=False)
+    assert (stopping.is_stop_requested, stopping.is_saving) == (True, False)
+    saving = stepper(FakeEngine()).agree(rows(), stop=False, saving=True)
+    assert (saving.is_stop_requested, saving.is_saving) == (False, True)
 
 
 def test_a_step_updates_once_and_describes_itself() -> None:
@@ -113,7 +119,7 @@ def test_a_step_updates_once_and_describes_itself() -> None:
     assert engine.rates == [STAGE.learning_rate(1)]
     assert (state.step, state.tokens) == (2, 128)
     assert row == {
-        "step": 2, "tokens": 128, "loss": 2.5, "grad_norm": 0.75, "lr": STAGE.learning_rate(1),
+        "step": 2, "tokens": 128, "loss": 2.5, "distill/kl": 0.25, "grad_norm": 0.75, "lr": STAGE.learning_rate(1),
         "tokens_per_second": 32.0, "mfu": None, "mfu_6n": None, "memory_bytes": 77,
         "sample_hash": chain(TrainState().sample_hash, ["x", "y", "z"]), "stage": "short",
     }  # fmt: skip

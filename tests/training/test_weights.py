@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from models.initialisation import tensor_for
-from models.layouts import is_new_parameter, parameter_layouts
+from models.layouts import is_new_parameter, parameter_layouts, parameter_shapes
 from parallel.boxes import Box, LazyTensor
 from parallel.checkpoint import CheckpointError, save_streamed, step_directory
 from training.config import InitConfig
@@ -36,8 +36,12 @@ def model_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(values | changes))
 
 
+def whole(boxes: dict[str, Box]) -> dict[str, tuple[int, ...]]:
+    return {name: box.global_shape for name, box in boxes.items()}
+
+
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {name: layout.global_shape for name, layout in parameter_layouts(config).items()}
+    return parameter_shapes(config)
 
 
 def plain_mapping(config: ModelConfig) -> dict[str, Any]:
@@ -91,9 +95,20 @@ def test_a_run_folder_and_one_checkpoint_are_the_same_source(source: Path, inner
 
 def test_every_box_is_filled_from_the_source_in_its_own_dtype(source: Path) -> None:
     boxes = boxes_of(model_config())
-    report = load_weights(boxes, open_weights(source), InitConfig())
+    report = load_weights(boxes, whole(boxes), open_weights(source), InitConfig())
     for name, expected in tensors_of(model_config()).items():
         assert torch.equal(boxes[name].local, expected.double()), name
+    assert report.describe() == f"{len(boxes)} loaded, 0 new, 0 unused"
+
+
+def test_a_pipeline_rank_fills_what_it_has(source: Path) -> None:
+    """Names of other stages are neither new nor unused."""
+    boxes = boxes_of(model_config())
+    shapes = whole(boxes)
+    name = "blocks.1.ffn.up_proj.weight"
+    mine = {name: boxes[name]}
+    report = load_weights(mine, shapes, open_weights(source), InitConfig())
+    assert torch.equal(mine[name].local, tensors_of(model_config())[name].double())
     assert report.describe() == f"{len(boxes)} loaded, 0 new, 0 unused"
 
 
@@ -113,7 +128,7 @@ def test_an_unexplained_new_name_is_an_error_and_an_explained_one_keeps_its_valu
     with pytest.raises(ValueError, match=message):
         match_weights(shapes_of(config), found, InitConfig())
     boxes = boxes_of(config)
-    report = load_weights(boxes, found, InitConfig(new=["blocks.1.mixer.*"]))
+    report = load_weights(boxes, whole(boxes), found, InitConfig(new=["blocks.1.mixer.*"]))
     assert report.new == tuple(
         f"blocks.1.mixer.{name}"
         for name in ("gate_down.weight", "gate_up.weight", "gate_up.bias", "head_norm.weight")
@@ -196,7 +211,7 @@ def test_a_hugging_face_folder_is_a_source_without_a_manifest(tmp_path: Path, da
     assert found.tokenizer_sha256 is None
     assert found.model.mixers.replace(" ", "").startswith("F")
     boxes = boxes_of(found.model)
-    load_weights(boxes, found, InitConfig())
+    load_weights(boxes, whole(boxes), found, InitConfig())
     expected = model.model.layers[1].self_attn.k_proj.bias.double()
     assert torch.equal(boxes["blocks.1.mixer.k_proj.bias"].local, expected)
     assert not any(box.local.isnan().any() for box in boxes.values())

@@ -18,7 +18,7 @@ from training.config import RunConfig
 from training.metrics import read_rows
 
 VOCAB_SIZE = 300
-TIME_FIELDS = ("tokens_per_second", "mfu", "mfu_6n", "memory_bytes")
+TIME_FIELDS = ("tokens_per_second", "mfu", "mfu_6n", "memory_bytes", "checkpoint/stall_seconds")
 
 
 def write_corpus(folder: Path, *, seed: int = 0, files: int = 24) -> Path:
