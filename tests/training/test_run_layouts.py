@@ -96,9 +96,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs = Runs(tmp_path_factory.mktemp("layouts"))
-    run_by_size(
-        runs.folder, {name: [config_of(data, runs.whole(name), name)] for name in SIZES}
-    )  # fmt: skip
+    run_by_size(runs.folder, {name: [config_of(data, runs.whole(name), name)] for name in SIZES})
     second: dict[str, list[RunConfig]] = {}
     for first, then in PAIRS:
         run_dir = runs.resumed(first, then)
