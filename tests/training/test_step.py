@@ -119,7 +119,8 @@ def test_a_step_updates_once_and_describes_itself() -> None:
     assert engine.rates == [STAGE.learning_rate(1)]
     assert (state.step, state.tokens) == (2, 128)
     assert row == {
-        "step": 2, "tokens": 128, "loss": 2.5, "distill/kl": 0.25, "grad_norm": 0.75, "lr": STAGE.learning_rate(1),
+        "step": 2, "tokens": 128, "loss": 2.5, "distill/kl": 0.25, "grad_norm": 0.75,
+        "lr": STAGE.learning_rate(1),
         "tokens_per_second": 32.0, "mfu": None, "mfu_6n": None, "memory_bytes": 77,
         "sample_hash": chain(TrainState().sample_hash, ["x", "y", "z"]), "stage": "short",
     }  # fmt: skip
