@@ -14,22 +14,25 @@ from models.conversion.target_config import write_config
 from models.cost import flops_per_token, mean_visible
 from models.initialisation import initialise
 from models.model import Model
+from models.recomputation import NOTHING, Recomputation
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
 from parallel.fully_sharded import FLOAT32_MODULES
 
 
 def build(
-    setting: Setting, config: ModelConfig | None = None, *, recompute: bool | None = None
+    setting: Setting, config: ModelConfig | None = None, *, recompute: Recomputation | None = None
 ) -> Model:
     """The model of the setting with seeded weights and a neuron, which is silent until asked."""
     config = config or setting.model
-    again = setting.recompute if recompute is None else recompute
+    layers = frozenset(range(config.num_hidden_layers))
+    if recompute is None:
+        recompute = Recomputation(blocks=layers) if setting.recompute else NOTHING
     model = Model(
         config,
         spiking=SpikingConfig(neuron=NeuronKind.adaptive),
         kernels=setting.backend.kernels(),
-        recompute=range(config.num_hidden_layers) if again else (),
+        recompute=recompute,
     )
     initialise(model, seed=1)
     return to_compute_dtype(model.to(setting.device), setting.dtype)

@@ -19,6 +19,7 @@ from launch.bench_models import (
 )
 from launch.bench_rows import Row, Setting, Work, compare
 from models.generation import decode_step, prefill
+from models.recomputation import NOTHING, Recomputation
 from models.spiking.neurons import Spikes
 from models.spiking.recorder import SpikeRecorder
 
@@ -161,11 +162,19 @@ def spiking(setting: Setting) -> Iterator[Row]:
 
 
 def recompute(setting: Setting) -> Iterator[Row]:
-    """What computing every block's activations again costs."""
+    """What computing activations again costs, by kind."""
     length = setting.short_tokens
-    again = our_step(build(setting, recompute=True), length, setting)
-    kept = our_step(build(setting, recompute=False), length, setting)
-    yield compare(f"step with recompute of every block vs none, {length}", again, kept, setting)
+    mixers = setting.model.layers.mixers
+    layers = frozenset(range(len(mixers)))
+    kinds = {
+        "every block": Recomputation(blocks=layers),
+        "norms and activations": Recomputation(norms=layers, activations=layers),
+        "mixers": Recomputation(mixers=frozenset(layer for layer in layers if mixers[layer])),
+    }
+    kept = our_step(build(setting, recompute=NOTHING), length, setting)
+    for name, kind in kinds.items():
+        again = our_step(build(setting, recompute=kind), length, setting)
+        yield compare(f"step with recompute of {name} vs none, {length}", again, kept, setting)
 
 
 @torch.no_grad()

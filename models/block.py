@@ -14,6 +14,7 @@ from models.layer_pattern import MixerKind, Mixers
 from models.layers import Parts
 from models.linear_attention import GatedLinearAttention
 from models.norm import RMSNorm
+from models.recompute import recomputed
 from models.sequence import SequenceContext
 from models.softmax_attention import KeyValueCache, SoftmaxAttention
 from models.spiking.neurons import Spikes
@@ -30,6 +31,7 @@ class Block(nn.Module):
         super().__init__()
         config = parts.config
         self.layer = layer
+        self._norms_again = layer in parts.recompute.norms
         self.mixer_norm: RMSNorm | None = None
         self.mixer: Mixer | None = None
         if mixers:
@@ -41,8 +43,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None = None) -> Tensor:
         """Map the residual stream `[B, T, D]` to the next."""
         if self.mixer is not None and self.mixer_norm is not None:
-            x = x + self.mixer(self.mixer_norm(x), sequence, spikes)
-        out: Tensor = x + self.ffn(self.ffn_norm(x), spikes)
+            with recomputed(self.mixer_norm, x, when=self._norms_again) as normed:
+                x = x + self.mixer(normed, sequence, spikes)
+        with recomputed(self.ffn_norm, x, when=self._norms_again) as normed:
+            out: Tensor = x + self.ffn(normed, spikes)
         return out
 
     def extend(

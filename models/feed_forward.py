@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import Parts
+from models.recompute import recomputed
 from models.spiking.neurons import Spikes, encode
 
 
@@ -23,12 +24,24 @@ class SwiGLU(nn.Module):
         self.in_neuron = parts.build_neuron(layers.whole_channels)
         self.out_neuron = parts.build_neuron(layers.cut_channels)
         self._enter = layers.enter
+        self._norms_again = layer in parts.recompute.norms
+        self._activations_again = layer in parts.recompute.activations
 
     def forward(self, x: Tensor, spikes: Spikes | None = None) -> Tensor:
         """Map `[B, T, D]` to `[B, T, D]`."""
-        x = self._enter(encode(self.in_neuron, x, spikes, f"{self.layer}/ffn_in"))
-        inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
-        out: Tensor = self.down_proj(
-            encode(self.out_neuron, inner, spikes, f"{self.layer}/ffn_out")
-        )
+        gate, up = self._project(x, spikes)
+        again = self._activations_again
+        with recomputed(self._activate, gate, up, spikes, when=again) as inner:
+            out: Tensor = self.down_proj(inner)
         return out
+
+    def enter(self, x: Tensor, spikes: Spikes | None) -> Tensor:
+        """Spiked x of the residual stream, as gate and up projections need it."""
+        return self._enter(encode(self.in_neuron, x, spikes, f"{self.layer}/ffn_in"))
+
+    def _project(self, x: Tensor, spikes: Spikes | None) -> tuple[Tensor, Tensor]:
+        with recomputed(self.enter, x, spikes, when=self._norms_again) as entered:
+            return self.gate_proj(entered), self.up_proj(entered)
+
+    def _activate(self, gate: Tensor, up: Tensor, spikes: Spikes | None) -> Tensor:
+        return encode(self.out_neuron, F.silu(gate) * up, spikes, f"{self.layer}/ffn_out")

@@ -23,6 +23,7 @@ from models.distillation import chunked_kl
 from models.kernels import KernelSet
 from models.lesson import Lesson
 from models.loss import chunked_cross_entropy, chunked_token_losses, logits_of
+from models.recomputation import NOTHING, Recomputation
 from models.rotary import Rotary
 from models.spiking.channels import WHOLE_CHANNELS, Channels
 from models.vocabulary import VocabularyShard
@@ -226,3 +227,4 @@ class Parts:
     kernels: KernelSet
     rotary: Rotary
     build_neuron: Callable[[Channels], nn.Module | None]
+    recompute: Recomputation = NOTHING

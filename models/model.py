@@ -7,7 +7,7 @@ fills them. Shape letters: B batch, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,6 +22,7 @@ from models.layouts import parameter_layouts, refuse_unsupported
 from models.lesson import Lesson
 from models.norm import RMSNorm
 from models.part import ModelPart
+from models.recomputation import NOTHING, Recomputation
 from models.rotary import Rotary
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes, build_neuron
@@ -35,12 +36,12 @@ class Model(nn.Module):
         spiking: which neuron sits at the inputs of projections (none by default).
         kernels: attention kernels; the plain torch ones by default.
         layers: layer provider; one process by default.
-        recompute: indices of blocks whose activations are computed again in the backward pass.
+        recompute: what is computed again in the backward pass.
         part: the stretch to build, everything by default. Parameters keep their global names.
         loss_chunk_tokens: tokens whose logits exist at a time while the loss is computed.
 
     Raises:
-        ValueError: a pattern that this release does not build, or a block index that is not there.
+        ValueError: a pattern that this release does not build, or a `recompute` for another model.
     """
 
     def __init__(  # noqa: PLR0913 - the composition root of a model
@@ -50,16 +51,17 @@ class Model(nn.Module):
         spiking: SpikingConfig | None = None,
         kernels: KernelSet | None = None,
         layers: LayerProvider | None = None,
-        recompute: Collection[int] = frozenset(),
+        recompute: Recomputation = NOTHING,
         part: ModelPart | None = None,
         loss_chunk_tokens: int = 1024,
     ) -> None:
         super().__init__()
         refuse_unsupported(config)
+        recompute.check(config)
         self.config = config
         self.part = ModelPart.whole(config) if part is None else part
         self.spiking = spiking or SpikingConfig()
-        self.recompute = frozenset(recompute)
+        self.recompute = recompute
         self.loss_chunk_tokens = loss_chunk_tokens
         provider = layers or LocalLayers()
         parts = Parts(
@@ -68,6 +70,7 @@ class Model(nn.Module):
             kernels=kernels or default_kernels(),
             rotary=Rotary(config),
             build_neuron=lambda channels: build_neuron(self.spiking, channels),
+            recompute=recompute,
         )
         self.embedding: nn.Module | None = None
         self.final_norm: RMSNorm | None = None
@@ -81,7 +84,6 @@ class Model(nn.Module):
             self.head = provider.head(
                 config.hidden_size, config.vocab_size, is_tied=self.is_tied_here
             )
-        self._check_recompute()
 
     @property
     def is_tied_here(self) -> bool:
@@ -124,7 +126,7 @@ class Model(nn.Module):
         """
         x = tokens if self.embedding is None else self.embedding(tokens)
         for block in self.blocks:
-            if block.layer in self.recompute and torch.is_grad_enabled():
+            if block.layer in self.recompute.blocks and torch.is_grad_enabled():
                 x = checkpoint(
                     block,
                     x,
@@ -191,15 +193,6 @@ class Model(nn.Module):
     def layouts(self) -> dict[str, ParamLayout]:
         """Global shape and sharing of every parameter of the whole model, by name."""
         return parameter_layouts(self.config)
-
-    def _check_recompute(self) -> None:
-        count = self.config.num_hidden_layers
-        wrong = sorted(index for index in self.recompute if not 0 <= index < count)
-        if wrong:
-            raise ValueError(
-                f"recompute ({wrong}) must be block indices below the number of layers: got "
-                f"{count}. Remove them."
-            )
 
 
 def _without_records(spikes: Spikes | None) -> AbstractContextManager[None]:

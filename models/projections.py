@@ -12,6 +12,11 @@ from models.layers import Parts
 from models.norm import RMSNorm
 from models.spiking.neurons import Spikes, encode
 
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries `[B, T, N, H]`, keys and values `[B, T, G, H]`."""
+HeadNorms = tuple[RMSNorm | None, RMSNorm | None]
+"""Of queries and of keys."""
+
 
 class HeadProjections(nn.Module):
     """Projects to heads and back; `layer` is the block's index, for spike statistics."""
@@ -35,25 +40,42 @@ class HeadProjections(nn.Module):
         self.in_neuron = parts.build_neuron(layers.whole_channels)
         self.out_neuron = parts.build_neuron(layers.cut_channels)
         self._enter = layers.enter
+        self._norms_again = layer in parts.recompute.norms
+        self._mixer_again = layer in parts.recompute.mixers
 
     def enter(self, x: Tensor, spikes: Spikes | None) -> Tensor:
         """Spiked x of the residual stream, as the projections of this rank's heads need it."""
         return self._enter(encode(self.in_neuron, x, spikes, f"{self.layer}/mixer_in"))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, T, N, H]`, keys and values `[B, T, G, H]` of entered x `[B, T, D]`."""
-        q = self._heads(self.q_proj(x))
-        k = self._heads(self.k_proj(x))
-        v = self._heads(self.v_proj(x))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+    def project(self, x: Tensor) -> Heads:
+        """Heads of entered x `[B, T, D]`, queries and keys normed where the model does so."""
+        return self.norm_heads(self.heads(x), self.head_norms)
+
+    def heads(self, x: Tensor) -> Heads:
+        """The same before the norms."""
+        return self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+
+    @property
+    def head_norms(self) -> HeadNorms:
+        """What `norm_heads` is given: apart from it, so that hooks run in forward passes only."""
+        return self.q_norm, self.k_norm
+
+    @staticmethod
+    def norm_heads(heads: Heads, norms: HeadNorms) -> Heads:
+        """Heads with normed queries and keys."""
+        (q, k, v), (q_norm, k_norm) = heads, norms
+        if q_norm is not None and k_norm is not None:
+            q, k = q_norm(q), k_norm(k)
         return q, k, v
 
     def combine(self, heads: Tensor, spikes: Spikes | None) -> Tensor:
         """Project head outputs `[B, T, N, H]` back to `[B, T, D]`."""
-        encoded = encode(self.out_neuron, heads.flatten(2), spikes, f"{self.layer}/mixer_out")
-        out: Tensor = self.o_proj(encoded)
+        out: Tensor = self.o_proj(self.encode_heads(heads, spikes))
         return out
+
+    def encode_heads(self, heads: Tensor, spikes: Spikes | None) -> Tensor:
+        """Head outputs `[B, T, N, H]` as the output projection reads them `[B, T, N * H]`."""
+        return encode(self.out_neuron, heads.flatten(2), spikes, f"{self.layer}/mixer_out")
 
     def _heads(self, flat: Tensor) -> Tensor:
         return flat.view(*flat.shape[:-1], -1, self.head_dim)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from models.layer_pattern import MixerKind
 from models.layers import Parts
-from models.projections import HeadProjections
-from models.rotary import rotate
+from models.projections import HeadNorms, HeadProjections, Heads
+from models.recompute import recomputed
+from models.rotary import Rotation, rotate
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
 
@@ -118,12 +119,29 @@ class SoftmaxAttention(HeadProjections):
 
     def forward(self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None = None) -> Tensor:
         """Mix `[B, T, D]` within documents."""
-        return self.combine(self.attend(x, sequence, spikes), spikes)
+        again, operands = self._mixer_again, self._operands(x, sequence, spikes)
+        with (
+            recomputed(self._attend, *operands, sequence, when=again) as mixed,
+            recomputed(self.encode_heads, mixed, spikes, when=again) as encoded,
+        ):
+            out: Tensor = self.o_proj(encoded)
+        return out
 
     def attend(self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None = None) -> Tensor:
         """Head outputs `[B, T, N, H]` before the output projection."""
-        q, k, v = self.project(self.enter(x, spikes))
-        rotation = self._rotary.for_sequence(sequence, x.dtype)
+        return self._attend(*self._operands(x, sequence, spikes), sequence)
+
+    def _operands(
+        self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None
+    ) -> tuple[Heads, HeadNorms, Rotation]:
+        with recomputed(self.enter, x, spikes, when=self._norms_again) as entered:
+            heads = self.heads(entered)
+        return heads, self.head_norms, self._rotary.for_sequence(sequence, x.dtype)
+
+    def _attend(
+        self, heads: Heads, norms: HeadNorms, rotation: Rotation, sequence: SequenceContext
+    ) -> Tensor:
+        q, k, v = self.norm_heads(heads, norms)
         return self._kernel(
             rotate(q, rotation),
             rotate(k, rotation),

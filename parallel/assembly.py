@@ -7,7 +7,7 @@ device, master dtype and frozen parameters are set before FSDP groups them, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from models.layers import LayerProvider, LocalLayers
 from models.layouts import parameter_layouts
 from models.model import Model
 from models.part import ModelPart
+from models.recomputation import NOTHING, Recomputation
 from parallel.boxes import local_of
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.engine_protocol import ParamGroup
@@ -45,7 +46,7 @@ class Blueprint:
     spiking: SpikingConfig | None
     precision: Precision
     kernels: KernelSet | None
-    recompute: Collection[int]
+    recompute: Recomputation
     loss_chunk_tokens: int
     offload: bool = False
 
@@ -110,7 +111,7 @@ def build_teacher(
     check_teacher(spec.config, student.config, spec.goals, pp=mesh.pp_size)
     check_tensor_parallel(spec.config, mesh.tp_size)
     blueprint = replace(
-        student, config=spec.config, spiking=None, recompute=frozenset(), offload=spec.offload
+        student, config=spec.config, spiking=None, recompute=NOTHING, offload=spec.offload
     )
     beside = own_parts(spec.config, (), mesh) if mesh.pp_size == 1 else parts
     models = build_parts(blueprint, beside, (), layout, mesh)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from models.config import ModelConfig, SpikingConfig
 from models.layers import ParamLayout
 from models.layouts import parameter_layouts
 from models.model import Model
+from models.recomputation import NOTHING, Recomputation
 from parallel.assembly import Blueprint, build_parts, build_teacher, materialise, own_parts
 from parallel.boxes import Box
 from parallel.config import ParallelConfig, Precision
@@ -53,7 +54,7 @@ class TorchEngine:
         groups: trained parameters; all others are frozen and have no optimizer state.
         rule: update rule and clip norm.
         kernels: attention kernels.
-        recompute: blocks whose activations are computed again in the backward pass.
+        recompute: what is computed again in the backward pass.
         seed: draws every parameter; None leaves NaN for a checkpoint to fill.
         teacher: a frozen model to learn from; `self.teacher.parameters` wait for its weights.
         loss_chunk_tokens: tokens whose logits exist at a time.
@@ -74,7 +75,7 @@ class TorchEngine:
         spiking: SpikingConfig | None = None,
         precision: Precision = Precision.fp32,
         kernels: KernelSet | None = None,
-        recompute: Collection[int] = frozenset(),
+        recompute: Recomputation = NOTHING,
         seed: int | None = None,
         teacher: TeacherSpec | None = None,
         loss_chunk_tokens: int = 1024,

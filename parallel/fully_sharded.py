@@ -33,8 +33,8 @@ FLOAT32_MODULES = frozenset(
 """Modules whose parameters act in float32 while the rest computes in bfloat16.
 
 FSDP2 would hand them bfloat16 weights inside forward (measured), so each block's lie in a unit of
-their own. Their inputs are not cast: norms return their input's dtype, and the gate
-widens its input itself.
+their own, which is small and stays gathered until the backward pass. Their inputs are not cast:
+norms return their input's dtype, and the gate widens its input itself.
 """
 
 
@@ -62,15 +62,17 @@ def shard_model(
     }
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
+    # A norm may run again before a gradient has reached its unit: these few stay gathered.
+    kept = {**options, "reshard_after_forward": False}
     float32, rest = _policies(precision)
     for block in model.blocks:
         if precision is Precision.bf16:
-            fully_shard(list(_float32_modules(block)), mp_policy=float32, **options)
+            fully_shard(list(_float32_modules(block)), mp_policy=float32, **kept)
         fully_shard(block, mp_policy=rest, **options)
     if precision is Precision.bf16 and model.final_norm is not None:
-        fully_shard(model.final_norm, mp_policy=float32, **options)
+        fully_shard(model.final_norm, mp_policy=float32, **kept)
     # The root's parameters are needed by the first step of the backward pass: keep them gathered.
-    fully_shard(model, mp_policy=rest, **{**options, "reshard_after_forward": False})
+    fully_shard(model, mp_policy=rest, **kept)
     for unit in units(model):
         unit.set_gradient_divide_factor(1.0)
         # Without it gloo is asked for a reduction that it does not have (float32 and bfloat16).

@@ -107,7 +107,7 @@ class Checkpoints:
         if snapshot is None or self.writer is None:
             self._write(directory, tensors(self.engine), manifest, self.mesh)
             return
-        logger.info("copied step %d in %.2f s", state.step, snapshot.stall_seconds)
+        logger.info("held training for %.2f s to copy step %d", snapshot.stall_seconds, state.step)
         boxes = snapshot.boxes
         self.writer.start(directory, lambda mesh: self._write(directory, boxes, manifest, mesh))
 

@@ -117,6 +117,10 @@ class StageConfig:
         return self.global_batch_tokens // self.sequence_length
 
 
+_MODULES = (RecomputeModule.norms, RecomputeModule.activations)
+"""What selective recomputation names by default: much memory for little work."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """Precision, microbatches, recomputation and length.
@@ -131,9 +135,7 @@ class TrainingConfig:
     microbatch_rows: int = 1
     recompute: Recompute = Recompute.none
     recompute_every: int = 1
-    recompute_modules: list[RecomputeModule] = field(
-        default_factory=lambda: [RecomputeModule.norms, RecomputeModule.activations]
-    )
+    recompute_modules: list[RecomputeModule] = field(default_factory=lambda: list(_MODULES))
     recompute_stages: list[int] | None = None
     teacher: str | None = None
     max_steps: int | None = None
@@ -157,6 +159,13 @@ class TrainingConfig:
             raise ValueError(
                 "training.recompute_modules ([]) must name something for recompute=selective: "
                 f"choose from {', '.join(member.value for member in RecomputeModule)}."
+            )
+        is_changed = set(self.recompute_modules) != set(_MODULES)
+        if is_changed and self.recompute is not Recompute.selective:
+            raise ValueError(
+                f"training.recompute_modules ({[m.value for m in self.recompute_modules]}) must be "
+                "left at its default without training.recompute=selective: got "
+                f"{self.recompute.value}. Set one or the other."
             )
         if self.recompute_stages is not None and self.recompute is Recompute.none:
             raise ValueError(

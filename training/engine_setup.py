@@ -8,15 +8,16 @@ import torch
 
 from models.layouts import parameter_layouts
 from parallel.backend.base import Backend
-from parallel.config import Precision, Recompute
+from parallel.config import Precision
 from parallel.engine import TorchEngine
 from parallel.engine_protocol import ParamGroup
 from parallel.mesh import Mesh
-from training.config import RunConfig, TrainingConfig
+from training.config import RunConfig
 from training.layout import cut_stages, ineffective_options, layout_lines
 from training.metrics import Throughput
 from training.optimizer import build_groups
 from training.origin import Origin
+from training.recomputation import recomputation
 from training.teacher import load_teacher, teacher_spec
 from training.weight_source import WeightSource
 
@@ -46,6 +47,7 @@ def build_engine(
     names = list(parameter_layouts(config.model))
     groups = build_groups(names, config.optimizer, new_parameters=origin.new_parameters)
     _describe_groups(groups, len(names))
+    stages = cut_stages(config)
     engine = TorchEngine(
         config.model,
         mesh=mesh,
@@ -54,23 +56,15 @@ def build_engine(
         spiking=config.spiking,
         precision=config.training.precision,
         parallel=config.parallel,
-        stages=cut_stages(config),
+        stages=stages,
         kernels=backend.kernels(),
-        recompute=recomputed_blocks(config.training, config.model.num_hidden_layers),
+        recompute=recomputation(config.training, config.model, stages),
         seed=None if origin.resume is not None else config.seed,
         teacher=teacher_spec(config, teacher),
         loss_chunk_tokens=config.training.loss_chunk_tokens,
     )
     load_teacher(engine.teacher, teacher)
     return engine
-
-
-def recomputed_blocks(config: TrainingConfig, num_blocks: int) -> frozenset[int]:
-    """Indices of the blocks whose activations are computed again in the backward pass."""
-    if config.recompute is Recompute.none:
-        return frozenset()
-    every = config.recompute_every if config.recompute is Recompute.every_n else 1
-    return frozenset(range(0, num_blocks, every))
 
 
 def throughput(config: RunConfig, backend: Backend, mesh: Mesh) -> Throughput:

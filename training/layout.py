@@ -6,12 +6,13 @@ Owns no mechanism: what divides what, and which combinations no engine can run.
 from __future__ import annotations
 
 from models.cost import parameter_count
-from parallel.config import ParallelConfig, PipelineSchedule, Recompute, Shard
+from parallel.config import ParallelConfig, PipelineSchedule, Shard
 from parallel.mesh import Mesh
 from parallel.pipeline_cut import StageCut, check_microbatches, cut
 from parallel.split_backward import check_split_backward
 from parallel.tensor_parallel import check_sequence_length, check_tensor_parallel
 from training.config import RunConfig
+from training.recomputation import check_recomputation
 from training.stages import StagePlan, check_rows
 
 
@@ -33,7 +34,7 @@ def check_layout(config: RunConfig, plan: StagePlan, *, dp_size: int) -> None:
     """
     parallel, training = config.parallel, config.training
     check_tensor_parallel(config.model, parallel.tp)
-    cut_stages(config)
+    stages = cut_stages(config)
     check_rows(plan, dp_size=dp_size, microbatch_rows=training.microbatch_rows)
     for stage in plan.stages:
         check_sequence_length(stage.config.sequence_length, parallel, stage=stage.name)
@@ -42,26 +43,7 @@ def check_layout(config: RunConfig, plan: StagePlan, *, dp_size: int) -> None:
             check_microbatches(parallel.schedule, count, parallel.pp, parallel.stages_per_rank)
     if parallel.pp > 1 and parallel.schedule is PipelineSchedule.zero_bubble:
         check_split_backward()
-    _check_recomputation(config)
-
-
-def _check_recomputation(config: RunConfig) -> None:
-    parallel, training = config.parallel, config.training
-    whole_blocks = training.recompute in (Recompute.full, Recompute.every_n)
-    is_split = parallel.pp > 1 and parallel.schedule is PipelineSchedule.zero_bubble
-    if is_split and whole_blocks:
-        raise ValueError(
-            f"training.recompute ({training.recompute.value}) must be none or selective for "
-            "parallel.schedule zero_bubble: its split backward would compute every block again for "
-            "each of its parts. Set training.recompute=selective, or another parallel.schedule."
-        )
-    wrong = [stage for stage in training.recompute_stages or () if stage >= parallel.num_stages]
-    if wrong or min(training.recompute_stages or [0]) < 0:
-        raise ValueError(
-            f"training.recompute_stages ({training.recompute_stages}) must be pipeline stages from "
-            f"0 to {parallel.num_stages - 1}: parallel.pp is {parallel.pp}. Correct the list, or "
-            "leave it null."
-        )
+    check_recomputation(training, config.model, parallel, stages)
 
 
 def ineffective_options(parallel: ParallelConfig) -> list[str]:

@@ -13,6 +13,7 @@ from launch.config_errors import ConfigError
 from launch.generate import GenerateConfig
 from launch.overrides import drop_launcher_arguments, quote_values
 from launch.schema import flat_keys, help_text, schema_tree
+from launch.train import main as train_main
 from models.config import NeuronKind
 from parallel.config import Precision
 from training.config import RunConfig
@@ -209,3 +210,23 @@ def test_each_job_of_a_sweep_has_a_run_folder_of_its_own(tmp_path: Path) -> None
         folder = tmp_path / "sweep" / f"job_{number}"
         assert f"seed: {number + 1}\n" in (folder / "config.yaml").read_text()
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_stopped_job_ends_its_sweep_with_status_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked for the end did not mean one job of many."""
+    begun: list[int] = []
+
+    def stopped(config: RunConfig) -> bool:
+        begun.append(config.seed)
+        return False
+
+    monkeypatch.setattr("launch.train.run", stopped)
+    arguments = ["--multirun", "seed=1,2", f"run_dir={tmp_path / 'sweep'}"]
+    monkeypatch.setattr(sys, "argv", ["launch.train", *arguments])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as info:
+        train_main()
+    assert info.value.code == 0
+    assert begun == [1]

@@ -4,11 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.config import NeuronKind, RopeConfig, RopeType, SpikingConfig
+from models.config import RopeConfig, RopeType
 from models.model import Model
 from models.sequence import SequenceContext
-from models.spiking.neurons import Spikes
-from models.spiking.recorder import SpikeRecorder
 from tests.models.tiny import REFERENCE_KERNELS, packed, random_tokens, tiny_config, tiny_model
 from tests.support.closeness import assert_close
 
@@ -100,45 +98,6 @@ def test_a_tied_head_is_the_embedding_forward_and_backward() -> None:
     apart = _gradients(untied, other)
     together = _gradients(tied, one)["embedding.weight"]
     assert_close(together, apart["embedding.weight"] + apart["head.weight"], relative=1e-13)
-
-
-@pytest.mark.parametrize("spiking", [False, True], ids=["continuous", "spiking"])
-def test_recomputing_blocks_changes_no_bit_and_records_spikes_once(spiking: bool) -> None:
-    config = SpikingConfig(neuron=NeuronKind.adaptive if spiking else NeuronKind.off)
-    tokens, sequence = random_tokens(2, 14), packed([[4, 10], [13, 1]])
-    labels = _labels(tokens, sequence)
-    results = []
-    for recompute in (frozenset[int](), frozenset({0, 2, 3}), frozenset(range(4))):
-        model = tiny_model(spiking=config, recompute=recompute, dtype=torch.float32)
-        recorder = SpikeRecorder(num_tokens=1000)
-        spikes = Spikes(k=3.0, recorder=recorder) if spiking else None
-        loss = model(tokens, sequence, labels=labels, spikes=spikes)
-        results.append((loss, _gradients(model, loss), recorder.tensors()))
-    for loss, gradients, sums in results[1:]:
-        assert torch.equal(loss, results[0][0])
-        assert all(torch.equal(gradients[name], value) for name, value in results[0][1].items())
-        assert list(sums) == list(results[0][2])
-        assert all(torch.equal(sums[site], value) for site, value in results[0][2].items())
-
-
-def test_recomputing_keeps_fewer_activations() -> None:
-    tokens, sequence = random_tokens(2, 14), SequenceContext.one_document_per_row(2, 14)
-    kept = []
-    for recompute in (frozenset[int](), frozenset(range(4))):
-        model, sizes = tiny_model(recompute=recompute), list[int]()
-        saved = torch.autograd.graph.saved_tensors_hooks(
-            lambda x, sizes=sizes: sizes.append(x.numel()) or x,
-            lambda x: x,
-        )
-        with saved:
-            model(tokens, sequence, labels=tokens)
-        kept.append(sum(sizes))
-    assert kept[1] < kept[0] / 3
-
-
-def test_recompute_of_a_missing_block_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"recompute \(\[-1, 4\]\) must be block indices.*got 4"):
-        Model(tiny_config(), recompute={-1, 1, 4})
 
 
 def test_bf16_weights_give_float32_losses_and_bf16_gradients() -> None:

@@ -24,9 +24,10 @@ from models.initialisation import tensor_for
 from models.layouts import parameter_layouts
 from models.lesson import Goals
 from models.model import Model
+from models.recomputation import Recomputation
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
-from models.spiking.recorder import SpikeRecorder
+from models.spiking.recorder import NUM_BINS, SpikeRecorder
 from parallel.boxes import Box
 from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import ParamGroup, TorchEngine
@@ -64,12 +65,14 @@ class Case:
     """One way to compute the same run; `oracle` drops everything that must not matter.
 
     `is_cuttable` takes a deeper model, whose heads and channels four ranks can share out.
+    `recompute` drops the first two blocks, `selective` norms, activations and mixers of all.
     """
 
     parallel: ParallelConfig = ParallelConfig()
     is_cuttable: bool = False
     microbatch_rows: int = ROWS
     recompute: bool = False
+    selective: bool = False
     rule: Rule = Rule()
     tied: bool = False
     frozen: bool = False
@@ -224,7 +227,7 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
         precision=case.precision,
         parallel=case.parallel,
         stages=cut(config, case.parallel, sequence_length=TOKENS),
-        recompute=frozenset({0, 1}) if case.recompute else frozenset(),
+        recompute=recomputation_of(case, config),
         seed=seed,
         teacher=None if case.teacher is None else spec,
         loss_chunk_tokens=16,
@@ -234,6 +237,13 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
         for name, box in engine.teacher.parameters.items():
             box.fill(weights[name].data)
     return engine
+
+
+def recomputation_of(case: Case, config: ModelConfig) -> Recomputation:
+    layers = frozenset(range(config.num_hidden_layers))
+    if case.selective:
+        return Recomputation(norms=layers, activations=layers, mixers=layers)
+    return Recomputation(blocks=frozenset({0, 1}) if case.recompute else frozenset())
 
 
 def train_step(
@@ -259,7 +269,7 @@ def train(engine: TorchEngine, case: Case, *, first: int = 0, last: int = STEPS)
         if recorder is not None:
             gradients = gather(engine.mesh, engine.gradients())
             recorder.load(engine.sum_by_name(recorder.tensors()))
-            statistics = recorder.summary()
+            statistics = statistics_of(recorder)
         norms.append(engine.clip_and_step(LEARNING_RATE))
     final = gather(engine.mesh, engine.parameters)
     return Run(tuple(losses), tuple(norms), statistics, gradients, final)
@@ -339,7 +349,16 @@ def oracle_statistics(case: Case) -> dict[str, float]:
     for rows in share_of(rows_of(0), 0, 1, case.microbatch_rows):
         sequence = SequenceContext.from_document_ids(rows.document_ids)
         model(rows.tokens, sequence, spikes=spikes_of(case, recorder))
-    return recorder.summary()
+    return statistics_of(recorder)
+
+
+def statistics_of(recorder: SpikeRecorder) -> dict[str, float]:
+    """Metrics, and how many values they are of: means alone would not see one counted twice."""
+    counted = {
+        f"{site}/num_values": float(sums[:NUM_BINS].sum())
+        for site, sums in recorder.tensors().items()
+    }
+    return recorder.summary() | counted
 
 
 def teacher_config(case: Case) -> ModelConfig:

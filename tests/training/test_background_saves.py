@@ -29,18 +29,25 @@ from training.state import TrainState
 from training.step import Stepper
 
 STALL = "checkpoint/stall_seconds"
+ROW_FILES = ("metrics.jsonl", "eval.jsonl")
 
 
 class Disk:
-    """Holds what is saved in the background until it is released; remembers each save's end."""
+    """Holds what is saved in the background until it is released.
+
+    Remembers the end of each save, and the last rows that its run had at its beginning.
+    """
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.ends: list[str] = []
+        self.last_rows: list[tuple[int, ...]] = []
 
     def save(self, original: Callable[..., None]) -> Callable[..., None]:
         def held(directory: Path, *arguments: Any, **options: Any) -> None:
             if threading.current_thread() is not threading.main_thread():
+                rows = [rows_of(directory.parents[1], name)[-1:] for name in ROW_FILES]
+                self.last_rows.append(tuple(row[0]["step"] if row else 0 for row in rows))
                 self.gate.wait()
                 self.gate.clear()
             original(directory, *arguments, **options)
@@ -90,6 +97,8 @@ def save_while_the_next_step_runs(config: RunConfig) -> None:
         patch.setattr(CheckpointWriter, "finish", finish_at_the_end(disk, CheckpointWriter.finish))
         run(config)
     assert disk.ends == [f"step_{step:08d}" for step in (2, 4, 6)]
+    # A checkpoint relies on the rows up to its step, so they come first.
+    assert disk.last_rows == [(2, 2), (4, 4), (6, 6)]
 
 
 def finish_at_the_end(disk: Disk, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,7 +192,9 @@ def stop_while_saving(rank: int, config: RunConfig) -> None:
 
 def scenarios(rank: int, world_size: int, data: Path, folder: Path) -> dict[str, Any]:
     def config(name: str, **checkpoint: Any) -> RunConfig:
-        return tiny_run(data, folder / name, checkpoint={"keep_last": 9, **checkpoint})
+        evaluation = {"interval_steps": 2, "rows": 3}
+        options = {"keep_last": 9, **checkpoint}
+        return tiny_run(data, folder / name, checkpoint=options, evaluation=evaluation)
 
     run(config("held", asynchronous=False))
     save_while_the_next_step_runs(config("beside"))

@@ -1,4 +1,4 @@
-"""What a config means for the engine: recomputed blocks, frozen parameters, memory, peak."""
+"""What a config means for the engine: memory, peak."""
 
 from __future__ import annotations
 
@@ -12,24 +12,7 @@ from parallel.backend.base import Memory
 from parallel.backend.cpu import CpuBackend
 from parallel.mesh import Mesh
 from tests.training.tiny_run import tiny_run
-from training.config import TrainingConfig
-from training.engine_setup import memory_bytes, recomputed_blocks, throughput
-
-
-@pytest.mark.parametrize(
-    ("recompute", "every", "expected"),
-    [
-        ("none", 1, set()),
-        ("full", 1, {0, 1, 2, 3, 4, 5, 6}),
-        ("every_n", 1, {0, 1, 2, 3, 4, 5, 6}),
-        ("every_n", 3, {0, 3, 6}),
-    ],
-)
-def test_recomputed_blocks(recompute: str, every: int, expected: set[int]) -> None:
-    from parallel.config import Recompute
-
-    config = TrainingConfig(recompute=Recompute[recompute], recompute_every=every)
-    assert recomputed_blocks(config, 7) == expected
+from training.engine_setup import memory_bytes, throughput
 
 
 class Device(CpuBackend):

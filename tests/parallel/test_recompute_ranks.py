@@ -1,0 +1,78 @@
+"""Selective recomputation changes no bit of a layout, in bfloat16 and where collectives repeat.
+
+The matrix compares layouts with one process in float64; here each layout is its own oracle, so that
+bfloat16 can be compared too, whose norms and gates lie in FSDP units of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.backend.cpu import CpuBackend
+from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
+from parallel.mesh import init
+from tests.parallel.engine_cases import Case, Run, build_engine, train
+from tests.support.distributed import run_ranks
+
+STEPS = 2
+
+
+def case(precision: Precision = Precision.bf16, **axes: Any) -> Case:
+    parallel = ParallelConfig(vocab_multiple=4, **axes)
+    return Case(parallel=parallel, is_cuttable=True, microbatch_rows=2, precision=precision)
+
+
+CASES = {
+    "dp4 parameters": case(shard=Shard.parameters),
+    "pp2 dp2 parameters": case(pp=2, shard=Shard.parameters),
+    "pp2 dp2 parameters interleaved": case(
+        pp=2, shard=Shard.parameters, schedule=PipelineSchedule.interleaved
+    ),
+    "tp2 dp2 parameters sequence": case(tp=2, sequence_parallel=True, shard=Shard.parameters),
+    "tp2 pp2 sequence zero bubble": case(
+        Precision.fp64, tp=2, pp=2, sequence_parallel=True, schedule=PipelineSchedule.zero_bubble
+    ),
+}
+
+
+def differences(rank: int, world_size: int) -> dict[str, list[str]]:
+    """What differs, by name, between a run with and one without recomputation."""
+    results: dict[str, list[str]] = {}
+    for name, each in CASES.items():
+        mesh = init(CpuBackend(), each.parallel)
+        kept, again = (
+            train(build_engine(mesh, replace(each, selective=selective)), each, last=STEPS)
+            for selective in (False, True)
+        )
+        results[name] = [] if rank else compare(kept, again)
+    return results
+
+
+def compare(kept: Run, again: Run) -> list[str]:
+    found = [
+        field
+        for field in ("losses", "norms", "statistics")
+        if getattr(kept, field) != getattr(again, field)
+    ]
+    for field in ("gradients", "parameters"):
+        before, after = getattr(kept, field), getattr(again, field)
+        assert before.keys() == after.keys()
+        found += [f"{field} {n}" for n in before if not torch.equal(before[n], after[n])]
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    folder: Path = tmp_path_factory.mktemp("recompute")
+    result: dict[str, list[str]] = run_ranks(differences, 4, tmp_path=folder)[0]
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_bit_changes(found: dict[str, list[str]], name: str) -> None:
+    assert found[name] == []
