@@ -65,7 +65,7 @@ def help_text(name: str, schema: type[Any], purpose: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-_LATER_KEYS = ("sequence_parallel", "schedule", "virtual_stages", "dp_replicate", "zero")
+_LATER_KEYS = ("cp", "ep", "zero")
 
 
 def _without_later(tree: dict[str, Any]) -> dict[str, Any]:

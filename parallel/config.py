@@ -133,22 +133,28 @@ class ParallelConfig:
         return 2 if self.schedule is PipelineSchedule.interleaved and self.pp > 1 else 1
 
     def _check_data_axes(self) -> None:
-        if self.shard is Shard.none and (self.dp_replicate > 1 or (self.dp_shard or 1) > 1):
+        replicas, shards = self.dp_replicate, self.dp_shard
+        if self.shard is Shard.none and (replicas > 1 or (shards or 1) > 1):
             raise ValueError(
-                f"parallel.shard (none) replicates over all dp ranks: got dp_replicate "
-                f"{self.dp_replicate} and dp_shard {self.dp_shard}. Leave them at 1 and null, or "
-                "set parallel.shard to gradients or parameters."
+                "parallel.shard (none) must leave dp_replicate at 1 and dp_shard null, because it "
+                f"replicates over all dp ranks: got {replicas} and "
+                f"{'null' if shards is None else shards}. Leave them, or set parallel.shard to "
+                "gradients or parameters."
             )
-        shards = self.dp_shard
-        if self.dp and shards and self.dp != self.dp_replicate * shards:
+        if self.dp is None:
+            return
+        if shards and self.dp != replicas * shards:
             raise ValueError(
-                f"parallel.dp ({self.dp}) must equal dp_replicate x dp_shard: got "
-                f"{self.dp_replicate} x {self.dp_shard}. Leave dp or dp_shard null to derive it."
+                f"parallel.dp ({self.dp}) must equal dp_replicate x dp_shard: got {replicas} x "
+                f"{shards}. Set it to {replicas * shards}, or leave dp or dp_shard null to derive "
+                "it."
             )
-        if self.dp is not None and self.dp % self.dp_replicate:
+        if self.dp % replicas:
+            below = self.dp // replicas * replicas
+            valid = " or ".join(str(dp) for dp in (below, below + replicas) if dp)
             raise ValueError(
                 f"parallel.dp ({self.dp}) must be a multiple of parallel.dp_replicate: got "
-                f"{self.dp_replicate}. Change one of them."
+                f"{replicas}. Set it to {valid}, or change parallel.dp_replicate."
             )
 
     def _check_stages(self) -> None:

@@ -236,23 +236,40 @@ def axis_sizes(config: ParallelConfig, num_processes: int) -> tuple[int, int, in
             f"processes: got {num_processes}. Start a multiple of {model_ranks} (torchrun "
             f"--nproc-per-node {model_ranks}), or change parallel.pp or parallel.tp."
         )
-    shards = config.dp_shard
-    wanted = config.dp if shards is None else config.dp_replicate * shards
-    if wanted is not None and wanted != dp:
-        needed = wanted * model_ranks
-        raise ValueError(
-            f"parallel.dp ({wanted}) must equal the number of processes: got {num_processes}"
-            f"{f' / (pp {config.pp} x tp {config.tp})' if model_ranks > 1 else ''}. Start "
-            f"{needed} (torchrun --nproc-per-node {needed}), or set parallel.dp={dp} or null."
-        )
+    _check_dp(config, dp, num_processes)
     if config.shard is Shard.none:
         return config.pp, dp, 1, config.tp
     if dp % config.dp_replicate:
+        divisors = [size for size in range(1, dp + 1) if dp % size == 0]
+        below = [size for size in divisors if size < config.dp_replicate][-1:]
+        above = [size for size in divisors if size > config.dp_replicate][:1]
         raise ValueError(
-            f"parallel.dp_replicate ({config.dp_replicate}) must divide parallel.dp: got {dp}. "
-            "Change one of them, or the number of processes."
+            f"parallel.dp_replicate ({config.dp_replicate}) must divide parallel.dp: got {dp}. Set "
+            f"it to {' or '.join(str(size) for size in below + above)}, or change the number of "
+            "processes."
         )
     return config.pp, config.dp_replicate, dp // config.dp_replicate, config.tp
+
+
+def _check_dp(config: ParallelConfig, dp: int, num_processes: int) -> None:
+    """Refuse a number of dp ranks that is not what the other axes leave of the processes."""
+    if config.dp_shard is None:
+        wanted, given = config.dp, f"parallel.dp ({config.dp})"
+        fix = f"set parallel.dp={dp} or null"
+    else:
+        wanted = config.dp_replicate * config.dp_shard
+        factors = f"{config.dp_replicate} x {config.dp_shard}"
+        given = f"parallel.dp_replicate x parallel.dp_shard ({factors})"
+        fix = "leave parallel.dp and parallel.dp_shard null"
+    if wanted is None or wanted == dp:
+        return
+    model_ranks = config.pp * config.tp
+    share = f" / (pp {config.pp} x tp {config.tp})" if model_ranks > 1 else ""
+    needed = wanted * model_ranks
+    raise ValueError(
+        f"{given} must equal the number of processes: got {num_processes}{share}. Start {needed} "
+        f"(torchrun --nproc-per-node {needed}), or {fix}."
+    )
 
 
 def close(mesh: Mesh) -> None:

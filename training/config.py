@@ -307,9 +307,9 @@ class RunConfig:
         has_goal = self.distill.kl > 0 or self.distill.hidden > 0
         if has_goal != (self.training.teacher is not None):
             raise ValueError(
-                f"training.teacher ({self.training.teacher}) must come with distill.kl or "
-                f"distill.hidden above 0: got {self.distill.kl:g} and {self.distill.hidden:g}. Set "
-                "both the teacher and a weight, or neither."
+                f"training.teacher ({self.training.teacher or 'null'}) must come with distill.kl "
+                f"or distill.hidden above 0: got {self.distill.kl:g} and {self.distill.hidden:g}. "
+                "Set both the teacher and a weight, or neither."
             )
 
     @property

@@ -13,7 +13,7 @@ from parallel.engine import TorchEngine
 from parallel.engine_protocol import ParamGroup
 from parallel.mesh import Mesh
 from training.config import RunConfig
-from training.layout import cut_stages, layout_lines
+from training.layout import cut_stages, ineffective_options, layout_lines
 from training.metrics import Throughput
 from training.optimizer import build_groups
 from training.origin import Origin
@@ -85,6 +85,8 @@ def describe(config: RunConfig, backend: Backend, mesh: Mesh) -> None:
         logger.info("%s", line)
     for line in layout_lines(config, mesh, cut_stages(config)):
         logger.info("%s", line)
+    for line in ineffective_options(config.parallel):
+        logger.warning("%s", line)
 
 
 def _describe_groups(groups: list[ParamGroup], num_names: int) -> None:

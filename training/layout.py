@@ -6,7 +6,7 @@ Owns no mechanism: what divides what, and which combinations no engine can run.
 from __future__ import annotations
 
 from models.cost import parameter_count
-from parallel.config import PipelineSchedule
+from parallel.config import ParallelConfig, PipelineSchedule, Shard
 from parallel.mesh import Mesh
 from parallel.pipeline_cut import StageCut, check_microbatches, cut
 from parallel.split_backward import check_split_backward
@@ -46,15 +46,36 @@ def check_layout(config: RunConfig, plan: StagePlan, *, dp_size: int) -> None:
     check_recomputation(training, config.model, parallel, stages)
 
 
+def ineffective_options(parallel: ParallelConfig) -> list[str]:
+    """Layout options that were asked for and change nothing here, as sentences."""
+    default, lines = ParallelConfig(), []
+    if parallel.pp == 1 and parallel.schedule is not default.schedule:
+        lines.append(
+            f"parallel.schedule ({parallel.schedule.value}) has no effect for parallel.pp 1."
+        )
+    if parallel.tp == 1 and parallel.vocab_multiple != default.vocab_multiple:
+        lines.append(
+            f"parallel.vocab_multiple ({parallel.vocab_multiple}) has no effect for parallel.tp 1."
+        )
+    is_split = parallel.pp > 1 and parallel.schedule is PipelineSchedule.zero_bubble
+    if is_split and parallel.shard is Shard.parameters:
+        lines.append(
+            "parallel.shard (parameters) acts as gradients for parallel.schedule zero_bubble: its "
+            "split backward needs parameters that stay gathered."
+        )
+    return lines
+
+
 def layout_lines(config: RunConfig, mesh: Mesh, stages: tuple[StageCut, ...]) -> list[str]:
     """The layout as a small table: axes with their sizes, then the stages."""
     parallel = config.parallel
     copies = mesh.dp_size // mesh.shard_size
+    ranks = "1 rank" if mesh.size == 1 else f"{mesh.size} ranks"
     split = " (sequence parallel)" if parallel.sequence_parallel else ""
     lines = [
         f"{config.model.layers.describe()} | {parameter_count(config.model):,} parameters | "
         f"{config.training.precision.value}",
-        f"{mesh.size} ranks = pp {mesh.pp_size} x dp {mesh.dp_size} x tp {mesh.tp_size}{split}, "
+        f"{ranks} = pp {mesh.pp_size} x dp {mesh.dp_size} x tp {mesh.tp_size}{split}, "
         f"dp = {copies} x {mesh.shard_size} shards ({parallel.shard.value})",
     ]
     if mesh.pp_size == 1:
@@ -63,9 +84,10 @@ def layout_lines(config: RunConfig, mesh: Mesh, stages: tuple[StageCut, ...]) ->
     lines.append(f"schedule {parallel.schedule.value}, {len(stages)} stages:")
     for stage in stages:
         extra = " + embedding" * stage.has_embedding + " + head" * stage.has_head
+        count = stage.end_layer - stage.first_layer
+        layers = f"layers {stage.first_layer}-{stage.end_layer - 1} ({count})"
         lines.append(
-            f"  stage {stage.index} on pp rank {stage.pp_rank}: layers {stage.first_layer}-"
-            f"{stage.end_layer - 1} ({stage.end_layer - stage.first_layer}){extra}, "
-            f"{stage.cost / total:.0%} of the work"
+            f"  stage {stage.index} on pp rank {stage.pp_rank}: "
+            f"{layers if count else 'no layers'}{extra}, {stage.cost / total:.0%} of the work"
         )
     return lines

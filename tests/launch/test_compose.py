@@ -53,12 +53,12 @@ def test_overrides_reach_typed_values_and_keys_absent_from_yaml() -> None:
         ("training.microbatch_rows=0", ["training.microbatch_rows (0)", "at least 1"]),
         ("stages.main.steps=2.5", ["stages.main.steps", "2.5", "integer"]),
         ("stages.main.global_batch_tokens=1000", ["1000", "sequence_length", "896", "1024"]),
-        ("parallel.tp=2", ["parallel.tp (2)", "not in this release"]),
-        ("parallel.pp=2", ["parallel.pp (2)", "not in this release"]),
+        ("parallel.tp=0", ["parallel.tp (0)", "at least 1"]),
+        ("parallel.pp=two", ["parallel.pp", "'two'", "integer"]),
         ("parallel.cp=2", ["parallel.cp (2)", "not in this release"]),
         ("parallel.ep=2", ["parallel.ep (2)", "not in this release"]),
         ("parallel.dp=0", ["parallel.dp (0)", "at least 1"]),
-        ("parallel.sequence_parallel=true", ["parallel.sequence_parallel", "not in this release"]),
+        ("parallel.sequence_parallel=true", ["parallel.sequence_parallel", "parallel.tp above 1"]),
         ("engine=deepspeed", ["engine (deepspeed)", "not in this release"]),
         ("engine.zero=1", ["engine.zero (1)", "parallel.shard"]),
         ("training.recompute=some", ["training.recompute (some)", "selective", "every_n"]),
@@ -69,7 +69,10 @@ def test_overrides_reach_typed_values_and_keys_absent_from_yaml() -> None:
         ("model.window_tokens=null", ["window_tokens (None)", "S layers"]),
         ("spiking.k=0", ["k (0", "above 0"]),
         ("spiking.statistics_tokens=0", ["statistics_tokens (0)", "at least 1"]),
-        ("parallel.schedule=gpipe", ["parallel.schedule (gpipe)", "not in this release"]),
+        ("parallel.schedule=1f1b", ["parallel.schedule (1f1b)", "one_f_one_b", "zero_bubble"]),
+        ("parallel.stage_layers=[1,x]", ["parallel.stage_layers.1", "'x'", "integer"]),
+        ("training.teacher=DIR", ["training.teacher (DIR)", "distill.kl or distill.hidden"]),
+        ("distill.kl=0.5", ["training.teacher (null)", "got 0.5 and 0"]),
         ("optimizer.clip_norm=-1", ["optimizer.clip_norm (-1", "above 0", "null"]),
         ("optimizer.clip_norm=nan", ["optimizer.clip_norm (nan)", "above 0"]),
         ("optimizer.beta2=1", ["optimizer.beta2 (1", "below 1"]),
@@ -122,8 +125,10 @@ def test_help_names_groups_and_defaults_and_hides_what_is_not_there_yet() -> Non
     text = help_text("train", RunConfig, "Train.")
     assert "spiking: adaptive, off" in text
     assert "microbatch_rows: 1" in text
-    for later in ("sequence_parallel", "virtual_stages", "zero"):
-        assert later not in text
+    for key in ("tp", "pp", "sequence_parallel", "virtual_stages", "dp_replicate", "stage_layers"):
+        assert f"    {key}: " in text
+    for later in ("cp", "ep", "zero"):
+        assert f"    {later}: " not in text
 
 
 def test_model_group_choices_keep_their_parents_values() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.block import Blocks
 from models.config import NeuronKind, SpikingConfig
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
@@ -59,3 +60,15 @@ def test_the_gate_reads_the_same_encoding_as_the_projections() -> None:
     threshold = x.abs().mean(dim=-1, keepdim=True) / 3
     assert_close(seen["q_proj"], threshold * torch.round(x / threshold), relative=1e-14)
     assert all(torch.equal(value, seen["q_proj"]) for value in seen.values())
+
+
+def test_blocks_are_found_by_their_layer_in_the_whole_model() -> None:
+    blocks = tiny_model().blocks
+    part = Blocks([blocks[2], blocks[3]])
+    assert len(part) == 2
+    assert [block.layer for block in part] == [2, 3]
+    assert part[3] is blocks[3]
+    assert {name.partition(".")[0] for name, _ in part.named_parameters()} == {"2", "3"}
+    with pytest.raises(AttributeError, match="0"):
+        part[0]
+    assert list(Blocks([])) == []

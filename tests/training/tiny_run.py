@@ -13,7 +13,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from data.prepare_corpus import prepare
-from parallel.checkpoint import newest_complete, read_tensors
+from parallel.boxes import Box
+from parallel.checkpoint import load, newest_complete, tensor_dtypes, tensor_shapes
 from training.config import RunConfig
 from training.metrics import read_rows
 
@@ -92,7 +93,13 @@ def saved_tensors(run_dir: Path) -> dict[str, Tensor]:
     """Everything in the newest checkpoint."""
     newest = newest_complete(run_dir)
     assert newest is not None
-    return dict(read_tensors(newest))
+    dtypes = tensor_dtypes(newest)
+    tensors = {
+        name: torch.empty(shape, dtype=dtypes[name])
+        for name, shape in tensor_shapes(newest).items()
+    }
+    load(newest, {name: Box.whole(tensor) for name, tensor in tensors.items()}, is_verified=True)
+    return tensors
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.config import NeuronKind, SpikingConfig
+from models.spiking.channels import Channels, TokenShare
 from models.spiking.codes import SpikeCode, expand
 from models.spiking.neurons import Spikes, build_neuron
 from models.spiking.recorder import METRICS, NUM_BINS, SpikeRecorder
@@ -134,6 +135,46 @@ def test_sums_of_parts_equal_the_whole() -> None:
     summed.load({"0/s": parts[0].tensors()["0/s"] + parts[1].tensors()["0/s"]})
     assert summed.summary() == whole.summary() == one_by_one.summary()
     assert summed.tensors()["0/s"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 5, 7, 12, 36, 1000])
+@pytest.mark.parametrize("count", [2, 3, 4, 12])
+def test_shares_of_the_tokens_add_up_to_whole_rows(num_tokens: int, count: int) -> None:
+    """The same tokens are sampled, whoever holds them; a rank may hold none of them."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.empty(3, 12, 8, dtype=torch.float64).normal_(generator=generator)
+    thresholds = x.abs().mean(dim=-1, keepdim=True) / 3
+    whole = SpikeRecorder(num_tokens)
+    whole.record_activations("0/s", x, thresholds, max_count=4)
+    assert float(whole.tensors()["0/s"][:NUM_BINS].sum()) <= num_tokens * 8
+    sums = torch.zeros(NUM_BINS + 2, dtype=torch.float64)
+    cut = zip(x.chunk(count, dim=1), thresholds.chunk(count, dim=1), strict=True)
+    for index, (part, threshold) in enumerate(cut):
+        recorder, share = SpikeRecorder(num_tokens), TokenShare(index, count)
+        recorder.record_activations("0/s", part, threshold, max_count=4, share=share)
+        assert list(recorder.tensors()) == ["0/s"]
+        sums += recorder.tensors()["0/s"]
+    assert torch.equal(sums, whole.tensors()["0/s"])
+
+
+def test_a_neuron_records_the_share_that_it_is_told() -> None:
+    """Or nothing, where another rank holds the same values; the encoding is the same."""
+    x = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    recorders = [SpikeRecorder(5) for _ in range(4)]
+    config = SpikingConfig(neuron=NeuronKind.adaptive)
+    whole, silent = build_neuron(config), build_neuron(config, Channels(is_counted=False))
+    assert whole is not None
+    assert silent is not None
+    expected = whole(x, Spikes(3.0, recorder=recorders[0]), "0/s")
+    assert torch.equal(silent(x, Spikes(3.0, recorder=recorders[1]), "0/s"), expected)
+    assert recorders[1].tensors() == {}
+    for index, part in enumerate(x.chunk(2, dim=1)):
+        neuron = build_neuron(config, Channels(share=TokenShare(index, 2)))
+        assert neuron is not None
+        found = neuron(part, Spikes(3.0, recorder=recorders[2 + index]), "0/s")
+        assert torch.equal(found, expected.chunk(2, dim=1)[index])
+    sums = recorders[2].tensors()["0/s"] + recorders[3].tensors()["0/s"]
+    assert torch.equal(sums, recorders[0].tensors()["0/s"])
 
 
 def test_paused_ignores_and_nests() -> None:
