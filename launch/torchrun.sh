@@ -76,10 +76,15 @@ ask_ranks() {
   local asked='' ranks
   while :; do
     mapfile -t ranks < <(grep -ls "^PPid:[[:space:]]*$job\$" /proc/[0-9]*/status | tr -dc '0-9\n')
-    ((${#ranks[@]})) && kill -USR1 "${ranks[@]}" && asked=yes
+    if ((${#ranks[@]})); then
+      kill -USR1 "${ranks[@]}" 2> /dev/null
+      asked=yes
+    elif [[ $asked == nobody ]]; then
+      kill "$job" # it still waits for other machines
+    else
+      asked=${asked:-nobody}
+    fi
     sleep 3
-    # Nobody there twice: torchrun waits for other machines.
-    ((${#ranks[@]})) || [[ $asked ]] || kill "$job"
   done
 }
 
