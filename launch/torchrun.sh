@@ -26,8 +26,9 @@
 #
 # SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP to one script ask the ranks of all to stop: they end
 # their step, save and write stopped.json. SIGQUIT (Ctrl-\) ends this machine's ranks unsaved.
-# Exit status: 0 all steps done, or stopped and saved; 1 failed; 2 the command line is wrong;
-# above 128 ended by a signal, among others when asked to stop before there was a rank.
+# Exit status: 0 all steps done, or stopped and saved; 1 failed, or torchrun itself got SIGTERM (its
+# ranks save); 2 the command line is wrong; above 128 ended by a signal, among others when asked to
+# stop before there was a rank.
 set -uo pipefail
 # torchrun gets a process group of its own, so that Ctrl-C reaches this script alone.
 set -m

