@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 
 # Public API, but torch exports it without saying so.
 from torch.distributed import (  # type: ignore[attr-defined]
@@ -20,7 +19,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 SHARED_STORE_VARIABLE = "TORCHELASTIC_USE_AGENT_STORE"
-_ASK_AGAIN = timedelta(seconds=0.2)
+_LOOKS, _LOOK_SECONDS = 20, 0.01
 
 
 def is_store_shared(environment: Mapping[str, str]) -> bool:
@@ -63,13 +62,19 @@ def fresh_part(store: Store, *, rank: int, size: int) -> Store:
 
 def _is_heard(store: Store, word: str, other: int) -> bool:
     """Answer a rank's newest greeting; whether it says before long that it heard."""
-    try:
-        store.wait([f"greeting/{other}"], _ASK_AGAIN)
-        store.set(f"answer/{store.get(f'greeting/{other}').decode()}", word)
-        store.wait([f"heard/{word}/{other}"], _ASK_AGAIN)
-    except DistStoreError:
+    if not _appears(store, f"greeting/{other}"):
         return False
-    return True
+    store.set(f"answer/{store.get(f'greeting/{other}').decode()}", word)
+    return _appears(store, f"heard/{word}/{other}")
+
+
+def _appears(store: Store, key: str) -> bool:
+    """Whether a key is set before it is time to ask again; a wait that ends without it is loud."""
+    for _ in range(_LOOKS):
+        if store.check([key]):
+            return True
+        time.sleep(_LOOK_SECONDS)
+    return False
 
 
 def _is_missing(rank: int, store: Store) -> RuntimeError:

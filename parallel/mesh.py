@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from parallel import meeting
 from parallel.backend.base import Backend
@@ -329,4 +330,19 @@ def _join(collective_backend: str, *, rank: int, size: int, device: torch.device
     elif meeting.is_store_shared(os.environ):
         dist.init_process_group(store=meeting.join(rank, size), **options)
     else:
-        dist.init_process_group(init_method="env://", **options)
+        dist.init_process_group(store=_meeting_point(rank, size), **options)
+
+
+def _meeting_point(rank: int, size: int) -> Any:
+    """The launcher's store, without what ranks of an earlier attempt left in it.
+
+    torchrun lends restarted ranks the store of the dead ones, whose addresses they would try for
+    half an hour. Only one machine counts its attempts reliably; for several, launch/torchrun.sh
+    asks for a new store each time.
+    """
+    store, _, _ = next(rendezvous("env://", rank, size))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    # Public API that torch exports through the compiled module only.
+    return dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]

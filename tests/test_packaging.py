@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
@@ -39,6 +40,22 @@ def test_console_scripts_name_modules_that_exist() -> None:
         module, _, function = target.partition(":")
         assert function == "main"
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), target
+
+
+def test_every_file_of_a_package_ships_with_it() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for name in (*PACKAGES, "conf"):
+        patterns = ["**/*.py", "**/*.pyc", *setuptools["package-data"].get(name, [])]
+        shipped = {path for pattern in patterns for path in (ROOT / name).glob(pattern)}
+        found = {path for path in (ROOT / name).rglob("*") if path.is_file()}
+        assert found <= shipped, found - shipped
+
+
+def test_scripts_can_be_executed() -> None:
+    scripts = list((ROOT / "launch").glob("*.sh"))
+    assert scripts
+    for path in scripts:
+        assert os.access(path, os.X_OK), path
 
 
 def test_a_foreign_package_is_refused_by_both_paths(

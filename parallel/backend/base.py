@@ -85,8 +85,11 @@ class Backend(ABC):
         """The kernels of `kernel_choices`."""
 
     @abstractmethod
-    def proposed_environment(self) -> dict[str, str]:
-        """Environment variables that a launcher should set when the user has not."""
+    def proposed_environment(self, *, num_processes: int | None = None) -> dict[str, str]:
+        """Environment variables that a launcher should set when the user has not.
+
+        `num_processes` on this machine; None takes LOCAL_WORLD_SIZE, or one.
+        """
 
     @abstractmethod
     def explain(self) -> list[str]:

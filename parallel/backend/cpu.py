@@ -73,13 +73,13 @@ class CpuBackend(Backend):
 
         return default_kernels()
 
-    def proposed_environment(self) -> dict[str, str]:
+    def proposed_environment(self, *, num_processes: int | None = None) -> dict[str, str]:
         """Threads shared out over local ranks, which otherwise each take every core; kept memory.
 
         glibc asks the system for every tensor above 32 MiB anew and each of its pages faults: a
         step of 16k tokens is half as slow again (measured, see LOG.md).
         """
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        ranks = num_processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         proposed = {"OMP_NUM_THREADS": str(max(1, self.num_devices() // ranks))}
         if platform.libc_ver()[0] == "glibc":
             proposed |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}

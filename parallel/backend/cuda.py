@@ -96,7 +96,7 @@ class CudaBackend(Backend):
         linear, softmax = self.kernel_choices()
         return kernel_set(linear=linear.name, softmax=softmax.name)
 
-    def proposed_environment(self) -> dict[str, str]:
+    def proposed_environment(self, *, num_processes: int | None = None) -> dict[str, str]:
         """Fewer allocator fragments, and one host thread per process."""
         return {
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
