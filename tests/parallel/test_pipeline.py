@@ -103,6 +103,7 @@ class Seen:
     evaluations: list[Tensor]
     schedules: list[bool]
     after: Tensor
+    updated: dict[str, Tensor]
 
 
 def look_at(each: Case) -> Seen:
@@ -130,9 +131,12 @@ def look_at(each: Case) -> Seen:
     built.append(engine._runner._built[1])
     assert again["loss"] == losses[-1]
     kept = [one is other for one, other in zip(built, built[1:], strict=False)]
-    engine.clip_and_step(0.0)
+    before = engine.token_losses(piece(EVALUATED[0], 1), spikes=spikes_of(each))
+    assert torch.equal(before, evaluations[0]), "nothing has been updated yet"
+    engine.clip_and_step(0.01)
     after = engine.token_losses(piece(EVALUATED[0], 1), spikes=spikes_of(each))
-    return Seen(trained, evaluated, outputs, losses, evaluations, kept, after)
+    updated = gather(mesh, engine.parameters)
+    return Seen(trained, evaluated, outputs, losses, evaluations, kept, after, updated)
 
 
 def look_at_all(rank: int, world_size: int) -> dict[str, Seen]:
@@ -200,7 +204,20 @@ def test_evaluation_is_that_of_one_process(seen: list[Any], name: str) -> None:
             )
             assert_close(found, expected, relative=LOSS, name=str(shape))
             assert torch.equal(found == 0, rows.labels == -100)
-        assert torch.equal(rank[name].after, rank[name].evaluations[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_evaluation_sees_the_last_update(seen: list[Any], name: str) -> None:
+    """Parameters that the evaluation before it gathered must be gone."""
+    model, rows = plain_model(CASES[name]), piece(EVALUATED[0], 1)
+    found: Seen = seen[0][name]
+    for parameter, value in found.updated.items():
+        model.get_parameter(parameter).data.copy_(value)
+    expected = model.token_losses(
+        rows.tokens, context(rows), rows.labels, spikes=spikes_of(CASES[name])
+    )
+    assert_close(found.after, expected, relative=LOSS)
+    assert not torch.equal(found.after, found.evaluations[0])
 
 
 FROZEN_STAGE = {
