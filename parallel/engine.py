@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from models.config import ModelConfig, SpikingConfig
@@ -20,6 +19,7 @@ from models.layers import ParamLayout
 from models.layouts import parameter_layouts
 from models.model import Model
 from models.recomputation import NOTHING, Recomputation
+from parallel import step_numbers
 from parallel.assembly import Blueprint, build_parts, build_teacher, materialise, own_parts
 from parallel.boxes import Box
 from parallel.config import ParallelConfig, Precision
@@ -126,7 +126,7 @@ class TorchEngine:
                 gradient; on every rank alike.
             NonFiniteError: on every rank alike; gradients are dropped, nothing else has changed.
         """
-        self._check_agreement(len(microbatches), num_targets)
+        step_numbers.check_agreement(self.mesh, len(microbatches), num_targets)
         self._own.drop_gradients()
         sums = self._runner.train(microbatches, Work(num_targets, spikes))
         without = number(missing(self._own.gradients()), self._own.shares())
@@ -186,28 +186,11 @@ class TorchEngine:
 
     def agree(self, values: Tensor, flags: Sequence[bool]) -> tuple[Tensor, tuple[bool, ...]]:
         """Sum of `values` over data-parallel ranks, and which flags any rank at all raised."""
-        row = [*values.reshape(-1).double().tolist(), *(float(flag) for flag in flags)]
-        rows = torch.tensor(self.mesh.gather_numbers(row), dtype=torch.float64)
-        total = rows[self.mesh.ranks_at(pp=0, tp=0)].sum(dim=0)
-        count = values.numel()
-        raised = tuple(bool(column.any()) for column in rows[:, count:].unbind(dim=1))
-        return total[:count].reshape(values.shape), raised
+        return step_numbers.agree(self.mesh, values, flags)
 
     def sum_by_name(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sum float64 tensors of one shape over all ranks, where a rank may lack some names.
-
-        Exact, so equal on every rank and for every layout, for whole numbers below 2^53.
-        """
-        names = sorted({name for names in self.mesh.gather(sorted(values)) for name in names})
-        if not names:
-            return {}
-        zero = torch.zeros_like(next(iter(values.values()))) if values else None
-        shape = next(s for s in self.mesh.gather(None if zero is None else tuple(zero.shape)) if s)
-        table = torch.stack([values.get(name, torch.zeros(shape)).cpu().double() for name in names])
-        if self.mesh.size > 1:
-            table = table.to(self.mesh.device)
-            dist.all_reduce(table, group=self.mesh.group)
-        return dict(zip(names, table.cpu(), strict=True))
+        """Sum float64 tensors of one shape over all ranks, where a rank may lack some names."""
+        return step_numbers.sum_by_name(self.mesh, values)
 
     @property
     def parameters(self) -> dict[str, Box]:
@@ -258,23 +241,6 @@ class TorchEngine:
             dtype=dtype,
             token_shares=self.mesh.tp_size if layout.sequence_parallel else 1,
         )
-
-    def _check_agreement(self, num_microbatches: int, num_targets: int) -> None:
-        """Ranks that disagree would hang in a collective or train on another loss."""
-        rows = self.mesh.gather_numbers((num_microbatches, num_targets))
-        for index, name in enumerate(("microbatches", "num_targets")):
-            values = [row[index] for row in rows]
-            if len(set(values)) > 1:
-                raise ValueError(
-                    f"{name} ({[int(value) for value in values]}, one entry a rank) must be the "
-                    "same on every rank. Give each rank as many rows, and num_targets summed over "
-                    "ranks."
-                )
-        if num_microbatches < 1 or num_targets < 1:
-            raise ValueError(
-                f"microbatches ({num_microbatches}) and num_targets ({num_targets}) must be at "
-                "least 1: this step has nothing to learn from."
-            )
 
 
 def _check_known(groups: Sequence[ParamGroup], layouts: Mapping[str, ParamLayout]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from parallel.axes import axis_sizes
 from parallel.config import EngineConfig, EngineName, ParallelConfig, PipelineSchedule, Shard
-from parallel.mesh import axis_sizes
 
 GPIPE, INTERLEAVED = PipelineSchedule.gpipe, PipelineSchedule.interleaved
 ZERO_BUBBLE = PipelineSchedule.zero_bubble

@@ -15,8 +15,9 @@ from models.config import ModelConfig
 from models.layouts import parameter_layouts
 from models.recomputation import NOTHING
 from parallel.assembly import Blueprint, build_parts, own_parts
+from parallel.axes import axis_sizes
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
-from parallel.mesh import Mesh, Place, axis_sizes
+from parallel.mesh import Mesh, Place
 from parallel.pipeline_cut import cut
 from parallel.rank_parameters import RankParameters
 from tests.models.test_cost import SPIKINGBRAIN_7B
