@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.config import ModelConfig
 from models.layouts import parameter_layouts
+from models.recomputation import NOTHING
 from parallel.assembly import Blueprint, build_parts, own_parts
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.mesh import Mesh, Place, axis_sizes
@@ -109,7 +110,7 @@ def boxes_of(config: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> tuple
     stages = cut(config, parallel, sequence_length=8192)
     blueprint = Blueprint(
         config=config, spiking=None, precision=Precision.bf16, kernels=None,
-        recompute=frozenset(), loss_chunk_tokens=1024,
+        recompute=NOTHING, loss_chunk_tokens=1024,
     )  # fmt: skip
     parts = build_parts(blueprint, own_parts(config, stages, mesh), (), parallel, mesh)
     own = RankParameters.of(parts, parameter_layouts(config), mesh)
