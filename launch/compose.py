@@ -29,7 +29,7 @@ from launch.overrides import drop_launcher_arguments, quote_values
 from launch.preflight import check_packages
 from launch.schema import CONF, flat_keys, help_text, schema_tree
 from models.config import ModelConfig
-from parallel.mesh import end_process
+from parallel.process_group import end_process
 
 Config = TypeVar("Config")
 Resolve = Callable[[dict[str, Any]], dict[str, Any]]

@@ -70,7 +70,7 @@ class Part:
 
 VARIANTS = ("base", "control", "scratch", "converted", "continued", "spiked")
 WINDOW_TOKENS = 64
-KL = 1.0
+KL = 0.3
 """Weight of the divergence from the teacher, where there is one (LOG.md)."""
 
 

@@ -1,26 +1,24 @@
-"""Who am I among how many: process group, mesh axes, and the one place where a process ends.
+"""Who am I among how many: the mesh axes, and small values that ranks tell each other.
 
-Works under a launcher (torchrun's environment), inside a process group that somebody else made
-(tests), and alone without either. Knows nothing about models.
+Works under a launcher, inside a process group that somebody else made (tests), and alone without
+either. Knows nothing about models.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
-from parallel import meeting
 from parallel.backend.base import Backend
 from parallel.config import ParallelConfig, Shard
+from parallel.process_group import join, place_of_launcher
 
 logger = logging.getLogger(__name__)
 
@@ -207,14 +205,14 @@ def init(
     Raises:
         ValueError: numbers that contradict each other or the layout, each naming what to change.
     """
-    rank, size, local_rank = _place(os.environ if environment is None else environment)
+    rank, size, local_rank = place_of_launcher(os.environ if environment is None else environment)
     owns = not dist.is_initialized()
     if not owns:
         rank, size = dist.get_rank(), dist.get_world_size()
     sizes = axis_sizes(config, size)
     device = backend.device(local_rank)
     if owns:
-        _join(backend.collective_backend, rank=rank, size=size, device=device)
+        join(backend.collective_backend, rank=rank, size=size, device=device)
     device_mesh = init_device_mesh(backend.device_type, sizes, mesh_dim_names=AXES)
     assert dist.group.WORLD is not None
     return Mesh(
@@ -278,71 +276,3 @@ def close(mesh: Mesh) -> None:
     if mesh.owns_process_group and dist.is_initialized():
         mesh.barrier()
         dist.destroy_process_group()
-
-
-def end_process(status: int, *, mesh: Mesh | None = None) -> NoReturn:
-    """End this process here and now: leave the group, flush, exit without destructors.
-
-    gloo threads that outlive the interpreter abort a process that has done everything right, so
-    nothing runs after this. A failed process does not wait for the others.
-    """
-    try:
-        if mesh is not None and status == 0:
-            close(mesh)
-    finally:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, size, local rank) of the launcher's variables; alone without them."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = {name: environment[name] for name in names if name in environment}
-    if "RANK" not in given and "WORLD_SIZE" not in given:
-        return 0, 1, int(given.get("LOCAL_RANK", "0"))
-    for name in ("RANK", "WORLD_SIZE"):
-        if name not in given:
-            raise ValueError(
-                f"{name} must be set when {', '.join(given)} is: start through torchrun, which "
-                "sets all of them, or unset them all for one process."
-            )
-    rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
-    local_rank = int(given.get("LOCAL_RANK", "0"))
-    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
-        if not 0 <= value < size:
-            raise ValueError(
-                f"{name} ({value}) must be from 0 to WORLD_SIZE - 1: got WORLD_SIZE {size}. "
-                "Start through torchrun, or correct the launcher's variables."
-            )
-    return rank, size, local_rank
-
-
-def _join(collective_backend: str, *, rank: int, size: int, device: torch.device) -> None:
-    """Make the default process group: the launcher's meeting point, or a store of our own."""
-    options: dict[str, Any] = {"backend": collective_backend, "rank": rank, "world_size": size}
-    if device.index is not None:
-        options["device_id"] = device
-    if size == 1:
-        # HashStore is public API that torch exports through the compiled module only.
-        dist.init_process_group(store=dist.HashStore(), **options)  # type: ignore[attr-defined]
-    elif meeting.is_store_shared(os.environ):
-        dist.init_process_group(store=meeting.join(rank, size), **options)
-    else:
-        dist.init_process_group(store=_meeting_point(rank, size), **options)
-
-
-def _meeting_point(rank: int, size: int) -> Any:
-    """The launcher's store, without what ranks of an earlier attempt left in it.
-
-    torchrun lends restarted ranks the store of the dead ones, whose addresses they would try for
-    half an hour. Only one machine counts its attempts reliably; for several, launch/torchrun.sh
-    asks for a new store each time.
-    """
-    store, _, _ = next(rendezvous("env://", rank, size))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if attempt is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return store
-    # Public API that torch exports through the compiled module only.
-    return dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]

@@ -35,6 +35,7 @@ class Loop:
     checkpoints: Checkpoints
     sinks: Sinks
     held_out: HeldOut
+    stop: StopRequest
 
     def fit(self, state: TrainState) -> TrainState:
         """Train from `state` to the end of the plan, or to the step where a rank was asked to stop.
@@ -45,7 +46,7 @@ class Loop:
             CheckpointError: a checkpoint that could not be written.
         """
         saved_step = state.step
-        with StopRequest() as stop:
+        with self.stop as stop:
             while state.step < self.plan.total_steps:
                 stage = self.plan.stage_of(state.step)
                 reached, saved_step = self._run_stage(stage, state, saved_step, stop)

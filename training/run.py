@@ -16,6 +16,7 @@ from parallel.mesh import Mesh
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.engine_setup import build_engine, describe, memory_bytes, throughput
+from training.health import StopRequest
 from training.heldout import HeldOut
 from training.layout import check_layout
 from training.loop import Loop
@@ -41,6 +42,7 @@ def run(config: RunConfig) -> bool:
         TrainingDivergedError: a loss or gradient that is not finite.
         CheckpointError: a checkpoint that cannot be read or written.
     """
+    stop = StopRequest()  # notes who started this process, so as early as can be
     plan = build_plan(config)
     backend = detect(config.backend)
     run_dir = Path(config.run_dir)
@@ -66,7 +68,7 @@ def run(config: RunConfig) -> bool:
         checkpoints = Checkpoints.open(config, data, engine, mesh, origin)
         folder = open_folder(config, state, origin.run_id, plan, mesh)
         with closing(folder) as sinks, closing(checkpoints):
-            loop = Loop(mesh, plan, data, stepper, checkpoints, sinks, held_out)
+            loop = Loop(mesh, plan, data, stepper, checkpoints, sinks, held_out, stop)
             state = loop.fit(state)
         logger.info("step %d of %d, %d tokens", state.step, plan.total_steps, state.tokens)
         return state.step >= plan.total_steps

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -105,10 +104,12 @@ END = """
 import sys, torch
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig
-from parallel.mesh import end_process, init
+from parallel.mesh import close, init
+from parallel.process_group import end_process
 mesh = init(CpuBackend(), ParallelConfig())
 sys.stdout.write(f"rank {mesh.rank} of {mesh.size}\\n")
-end_process(int(sys.argv[1]), mesh=mesh)
+close(mesh)
+end_process(int(sys.argv[1]))
 sys.stdout.write("never")
 """
 
@@ -124,32 +125,6 @@ def test_end_process_flushes_and_leaves_with_its_status(status: int) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""},
     )
     assert (done.returncode, done.stdout) == (status, "rank 0 of 1\n"), done.stderr
-
-
-@pytest.mark.parametrize(("machines", "key"), [("1", "attempt_2/key"), ("2", "key")])
-def test_restarted_ranks_do_not_meet_the_dead_ones(
-    monkeypatch: pytest.MonkeyPatch, machines: str, key: str
-) -> None:
-    """The test lends its store, as torchrun does, and looks where the ranks would meet."""
-    lent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for name, value in {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(lent.port), "GROUP_WORLD_SIZE": machines,
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2",
-        "RANK": "1", "WORLD_SIZE": "2",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    joined: dict[str, Any] = {}
-
-    def join(**options: Any) -> None:
-        joined.update(options)
-        raise InterruptedError("far enough")
-
-    monkeypatch.setattr(dist, "init_process_group", join)
-    with pytest.raises(InterruptedError):
-        init(CpuBackend(), ParallelConfig())
-    assert (joined["rank"], joined["world_size"]) == (1, 2)
-    joined["store"].set("key", "value")
-    assert lent.check([key])
 
 
 def test_the_device_is_the_backends() -> None:

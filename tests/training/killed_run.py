@@ -21,7 +21,7 @@ from typing import Any
 import parallel.checkpoint_files
 from parallel.backend.cpu import CpuBackend
 from parallel.checkpoint_writer import _Save
-from parallel.mesh import end_process
+from parallel.process_group import end_process
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.metrics import RowFile
