@@ -43,11 +43,20 @@ def _matrix_parameters_of_layers(config: ModelConfig) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class FlopsPerToken:
-    """Training FLOPs a token (forward and backward): embedding, each layer, head with loss."""
+    """Training FLOPs a token (forward and backward): embedding, each layer, head with loss.
+
+    A layer's are those of its matrices (`products`) and of its attention (`mixing`).
+    """
 
     embedding: float
-    layers: tuple[float, ...]
+    products: tuple[float, ...]
+    mixing: tuple[float, ...]
     head: float
+
+    @property
+    def layers(self) -> tuple[float, ...]:
+        """Of each layer."""
+        return tuple(a + b for a, b in zip(self.products, self.mixing, strict=True))
 
     @property
     def total(self) -> float:
@@ -89,13 +98,12 @@ def flops_by_part(
         MixerKind.sliding_window: 4 * mean_visible_window * queries,
         MixerKind.linear: 2 * config.head_dim**2 * states + inside_chunk,
     }
-    layers = tuple(
-        3.0 * (2 * matrices + sum(of_mixer[kind] for kind in mixers))
-        for matrices, mixers in zip(
-            _matrix_parameters_of_layers(config), config.layers.mixers, strict=True
-        )
+    return FlopsPerToken(
+        embedding=0.0,
+        products=tuple(3.0 * 2 * count for count in _matrix_parameters_of_layers(config)),
+        mixing=tuple(3.0 * sum(of_mixer[kind] for kind in each) for each in config.layers.mixers),
+        head=3.0 * 2 * config.vocab_size * config.hidden_size,
     )
-    return FlopsPerToken(0.0, layers, 3.0 * 2 * config.vocab_size * config.hidden_size)
 
 
 def mean_visible(lengths: Iterable[int], window_tokens: int | None = None) -> float:

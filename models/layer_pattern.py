@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 
 class MixerKind(Enum):
@@ -41,6 +42,7 @@ class LayerPattern:
     ffns: tuple[FfnKind, ...]
 
     @staticmethod
+    @cache
     def parse_mixers(pattern: str) -> tuple[Mixers, ...]:
         """Parse a mixer pattern.
 
@@ -50,6 +52,7 @@ class LayerPattern:
         return tuple(_mixers(symbol, pattern) for symbol in _expand(pattern, "mixers"))
 
     @staticmethod
+    @cache
     def parse_ffns(pattern: str) -> tuple[FfnKind, ...]:
         """Parse an FFN pattern; errors as `parse_mixers`."""
         return tuple(_ffn(symbol, pattern) for symbol in _expand(pattern, "ffns"))

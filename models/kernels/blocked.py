@@ -127,11 +127,16 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.transpose(1, 2)
 
 
+def band_geometry(num_queries: int, window: int) -> tuple[int, int]:
+    """Query tokens of a block, and of the blocks whose bands exist at a time."""
+    quarter = 1 << (max(window // 4, 1).bit_length() - 1)
+    block = min(max(_MIN_BLOCK, quarter), _MAX_BLOCK, num_queries)
+    return block, block * max(_GROUP_TOKENS // block, 1)
+
+
 def _banded(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> list[Tensor]:
     """Queries that each see `window` keys, the first one keys 0 .. window - 1."""
-    quarter = 1 << (max(window // 4, 1).bit_length() - 1)
-    block = min(max(_MIN_BLOCK, quarter), _MAX_BLOCK, q.shape[1])
-    group = block * max(_GROUP_TOKENS // block, 1)
+    block, group = band_geometry(q.shape[1], window)
     halo = window - 1
     # Pieces and halos, not slices of k: each slice's gradient would be as long as k itself.
     keys, values = k[:, :halo], v[:, :halo]
@@ -158,9 +163,10 @@ def _bands(  # noqa: PLR0913 - the band's geometry
     """Equal query blocks, each with the keys from its first query's window to its last query."""
     block = q.shape[1] // blocks
     span = window - 1 + block
-    # unfold makes overlapping views: the keys are not copied, and its gradient is one linear sum.
+    # unfold makes overlapping views: one row's keys are not copied, and its gradient is one linear
+    # sum. Channels come last before rows and blocks are joined, or the fused kernel is lost.
     keys, values = (
-        x[:, : (blocks - 1) * block + span].unfold(1, span, block).flatten(0, 1).permute(0, 3, 1, 2)
+        x[:, : (blocks - 1) * block + span].unfold(1, span, block).movedim(-1, 2).flatten(0, 1)
         for x in (k, v)
     )
     at_query = torch.arange(window - 1, span, device=q.device)[:, None]

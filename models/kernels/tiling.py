@@ -61,7 +61,11 @@ class Tiling:
     @classmethod
     def of(cls, q: Tensor) -> Tiling:
         """The tiling of a batch with queries `[B, T, N, H]`."""
-        num_rows, num_tokens, heads, dim = q.shape
+        return cls.of_sizes(*q.shape)
+
+    @classmethod
+    def of_sizes(cls, num_rows: int, num_tokens: int, heads: int, dim: int) -> Tiling:
+        """The tiling of queries of these sizes."""
         chunk = min(_CHUNK_TOKENS, 1 << (num_tokens - 1).bit_length())
         fit = max(1, _TILE_ELEMENTS // (heads * dim * chunk))
         rows = min(num_rows, fit)

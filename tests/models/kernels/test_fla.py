@@ -79,6 +79,25 @@ for name, (rows, tokens, lengths) in cases.items():
     used.clear()
     actual = linear_results(linear_attention, operands, sequence)
     errors[name] = worst(actual, expected) | {"kernels": sorted(set(used))}
+
+from models.kernel_memory import Heads, linear_memory
+
+# What autograd keeps beside the operands, and what the planner says.
+operands = linear_operands(2, 75, dim=16, dtype=torch.float32)[:4]
+q, k, v, log_decay = (x.detach().requires_grad_() * 1.0 for x in operands)
+kept = {}
+def keep(x):
+    kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return x
+with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    out = linear_attention(q, k, v, log_decay, scale=1.0, sequence=None)[0]
+own = {x.untyped_storage().data_ptr() for x in (q, k, v, log_decay, out)}
+heads = Heads(2, 75, num_queries=q.shape[2], num_keys=k.shape[2], dim=16, narrow=4, wide=4)
+errors["kept"] = {
+    "aside": sum(size for address, size in kept.items() if address not in own),
+    "planned": linear_memory("fla", heads).aside,
+    "keeps q alone": [x.untyped_storage().data_ptr() in kept for x in (q, k, v, log_decay, out)],
+}
 print(json.dumps(errors))
 """
 
@@ -129,6 +148,15 @@ def test_the_library_computes_our_recurrence(
     for name, error in result.items():
         assert isinstance(error, float)
         assert error <= 2e-5, (name, error)
+
+
+@pytest.mark.slow
+def test_the_library_keeps_what_the_planner_counts(
+    interpreted: dict[str, dict[str, object]],
+) -> None:
+    kept = interpreted["kept"]
+    assert kept["aside"] == kept["planned"]
+    assert kept["keeps q alone"] == [True, False, False, False, False]
 
 
 def test_float64_goes_to_the_chunked_kernel_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

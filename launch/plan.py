@@ -1,0 +1,154 @@
+"""`python -m launch.plan`: memory, communication and speed of a run before it is paid for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from launch.compose import command
+from launch.plan_search import search
+from launch.plan_stage import PlannedStage, plan_stage, wanted_devices
+from launch.plan_text import describe, found_lines, header_lines, stage_lines
+from launch.train import model_from_checkpoint
+from models.config import STRICT
+from parallel.backend.devices import Device, DeviceName, device_facts
+from training.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """For which devices, and whether to look for the fastest layouts.
+
+    `num_devices` null is what the layout asks for. `search` finds the `top` fastest layouts of so
+    many devices instead of planning the given one.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    device: DeviceName = DeviceName.h100
+    num_devices: int | None = None
+    search: bool = False
+    top: int = 5
+
+    def __post_init__(self) -> None:
+        if self.num_devices is not None and self.num_devices < 1:
+            raise ValueError(
+                f"plan.num_devices ({self.num_devices}) must be at least 1, or null for what the "
+                "layout asks for."
+            )
+        if self.top < 1:
+            raise ValueError(f"plan.top ({self.top}) must be at least 1.")
+        if self.search and self.num_devices is None:
+            raise ValueError(
+                "plan.search (true) must come with plan.num_devices: layouts are tried for so many "
+                "devices. Set plan.num_devices, or plan.search=false."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig(RunConfig):
+    """A run as `launch.train` takes it, the devices it is planned for, and where JSON goes."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    out: str | None = None
+
+
+@command("plan", PlanConfig, resolve=model_from_checkpoint)
+def main(config: PlanConfig) -> None:
+    """Plan a run: parameters, memory, communication, FLOPs and predicted tokens/s of each stage.
+
+    Takes every argument of launch.train. plan.device=h100|h200|a100|c550|cpu says on what,
+    plan.num_devices=N on how many (the layout's own number when it is null); with plan.search=true
+    the plan.top fastest layouts for N devices, and why the others cannot be. out=FILE writes JSON.
+    Nothing is loaded or started.
+    """
+    device = device_facts(config.plan.device)
+    if config.plan.search:
+        lines, record = _searched(config, device)
+    else:
+        lines, record = _planned(config, device)
+    sys.stdout.write("\n".join(lines) + "\n")
+    if config.out is not None:
+        path = Path(config.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _planned(config: PlanConfig, device: Device) -> tuple[list[str], dict[str, Any]]:
+    """The given layout, stage by stage."""
+    num_devices = config.plan.num_devices or wanted_devices(config.parallel)
+    stages = [plan_stage(config, name, device, num_devices) for name in config.stages]
+    lines = [*header_lines(stages[0]), *_notes(config)]
+    for planned in stages:
+        lines += ["", *stage_lines(planned)]
+    return lines, {"device": _device(device), "stages": [record_of(each) for each in stages]}
+
+
+def _searched(config: PlanConfig, device: Device) -> tuple[list[str], dict[str, Any]]:
+    """The fastest layouts of each stage."""
+    assert config.plan.num_devices is not None, "checked with the options"
+    lines: list[str] = []
+    record: dict[str, Any] = {"device": _device(device), "search": {}}
+    for name in config.stages:
+        found = search(config, name, device, config.plan.num_devices, config.plan.top)
+        if found.best and not lines:
+            lines += [*header_lines(found.best[0]), *_notes(config)]
+        lines += ["", *found_lines(found, name)]
+        record["search"][name] = {
+            "best": [record_of(each) for each in found.best],
+            "num_tried": found.num_tried,
+            "refused": [{"reason": reason, "count": count} for reason, count in found.refused],
+        }
+    return lines, record
+
+
+def _notes(config: PlanConfig) -> Iterator[str]:
+    """What of the run the plan leaves out."""
+    if config.training.teacher is not None:
+        yield f"  not counted: training.teacher ({config.training.teacher})"
+    if config.optimizer.freeze:
+        yield "  activations are counted as if every parameter were trained"
+
+
+def record_of(planned: PlannedStage) -> dict[str, Any]:
+    """A planned stage as JSON values."""
+    layout = planned.layout
+    return {
+        "stage": planned.name,
+        "layout": {
+            "description": describe(planned),
+            "pp": layout.pp, "dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard,
+            "tp": layout.tp, "num_microbatches": layout.num_microbatches(planned.job),
+        },
+        "pipeline_stages": [asdict(stage) for stage in planned.given.stages],
+        "memory": [asdict(each) for each in planned.memory],
+        "peak_bytes": planned.peak_bytes,
+        "usable_bytes": planned.usable_bytes,
+        "fits": planned.fits,
+        "traffic": [
+            [asdict(each, dict_factory=_plain) for each in rank] for rank in planned.traffic
+        ],
+        "time": None if planned.time is None else asdict(planned.time),
+    }  # fmt: skip
+
+
+def _device(device: Device) -> dict[str, Any]:
+    left_out = ("peak_flops",)
+    facts = {name: getattr(device, name) for name in Device.__slots__ if name not in left_out}
+    return _plain(list(facts.items()))
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Enum members by their values."""
+    return {key: value.value if isinstance(value, Enum) else value for key, value in items}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Which layouts of so many devices are fastest, and why the others cannot be: the auto-tuner.
+
+Tries every split of the devices into pipeline, tensor and data parallelism with the schedules,
+shard levels, recomputations and microbatches that go with it; a run's own checks refuse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+
+from launch.plan_stage import PlannedStage, plan_stage
+from parallel.backend.devices import Device
+from parallel.config import ParallelConfig, PipelineSchedule, Recompute, Shard
+from training.config import RunConfig, TrainingConfig
+
+ALONE = tuple(
+    (PipelineSchedule.one_f_one_b, shard) for shard in (Shard.gradients, Shard.parameters)
+)
+PIPELINED = tuple(
+    (schedule, Shard.gradients)
+    for schedule in (
+        PipelineSchedule.one_f_one_b, PipelineSchedule.interleaved, PipelineSchedule.zero_bubble,
+    )
+)  # fmt: skip
+"""Schedules and shard levels without and with a pipeline."""
+RECOMPUTE = (Recompute.none, Recompute.selective, Recompute.full)
+MICROBATCH_ROWS = (1, 2, 4, 8)
+GIB = 2**30
+
+
+@dataclass(slots=True)
+class Refusals:
+    """How often layouts were refused for each reason, and the reason's first wording."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str) -> None:
+        """Count a refusal; reasons that differ in numbers only are one."""
+        key = re.sub(r"\d+", "N", reason)
+        self.counts[key] += 1
+        self.examples.setdefault(key, reason)
+
+    def most_common(self) -> list[tuple[str, int]]:
+        """Reasons in their first wording, the most frequent first."""
+        return [(self.examples[key], count) for key, count in self.counts.most_common()]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The fastest layouts that fit, and why others were refused."""
+
+    best: list[PlannedStage]
+    num_tried: int
+    refused: list[tuple[str, int]]
+
+
+def search(config: RunConfig, name: str, device: Device, num_devices: int, top: int) -> Found:
+    """The `top` layouts of a curriculum stage with the most tokens a second."""
+    fitting: list[PlannedStage] = []
+    refused = Refusals()
+    tried = 0
+    for parallel, recompute, rows in candidates(device, num_devices):
+        tried += 1
+        try:
+            changed = _changed(config, parallel(), recompute, rows)
+            planned = plan_stage(changed, name, device, num_devices, only_fitting=True)
+        except ValueError as error:
+            refused.add(_first_sentence(error))
+            continue
+        if planned.fits:
+            fitting.append(planned)
+        else:
+            usable = planned.usable_bytes / GIB
+            refused.add(f"needs more than the usable {usable:.0f} GiB of a device")
+    fitting.sort(key=_by_speed)
+    return Found(fitting[:top], tried, refused.most_common())
+
+
+def candidates(
+    device: Device, num_devices: int
+) -> Iterator[tuple[Callable[[], ParallelConfig], Recompute, int]]:
+    """Layouts to try: how to make the parallel config, which may refuse, and the rest.
+
+    Tensor parallelism stays within a node and comes with sequence parallelism. In a pipeline the
+    shard level saves optimizer memory only, so that one is enough. Where the shards of parameters
+    would reach over several nodes, copies of them that stay within one are tried too.
+    """
+    for tp in _divisors(num_devices):
+        for pp in _divisors(num_devices // tp) if tp <= device.devices_per_node else ():
+            shards = max(1, device.devices_per_node // tp)
+            copies, rest = divmod(num_devices // (tp * pp), shards)
+            for dp_replicate in [1] if rest or copies < 2 else [1, copies]:
+                for schedule, shard in ALONE if pp == 1 else PIPELINED:
+                    make = partial(
+                        ParallelConfig, pp=pp, tp=tp, sequence_parallel=tp > 1,
+                        schedule=schedule, shard=shard, dp_replicate=dp_replicate,
+                    )  # fmt: skip
+                    for recompute, rows in product(RECOMPUTE, MICROBATCH_ROWS):
+                        yield make, recompute, rows
+
+
+def _changed(
+    config: RunConfig, parallel: ParallelConfig, recompute: Recompute, rows: int
+) -> RunConfig:
+    parallel = replace(parallel, vocab_multiple=config.parallel.vocab_multiple)
+    default = TrainingConfig()
+    training = replace(
+        config.training,
+        recompute=recompute,
+        recompute_every=1,
+        recompute_modules=default.recompute_modules,
+        recompute_stages=None,
+        microbatch_rows=rows,
+    )
+    return replace(config, parallel=parallel, training=training)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _first_sentence(error: ValueError) -> str:
+    """What cannot be, without what to do about it."""
+    return str(error).split(". ")[0].rstrip(".")
+
+
+def _by_speed(planned: PlannedStage) -> tuple[float, int]:
+    rate = 0.0 if planned.time is None else planned.time.tokens_per_second
+    return -rate, planned.peak_bytes

@@ -1,0 +1,194 @@
+"""A plan as text: tables of stages, memory, communication and time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from launch.plan_search import Found
+from launch.plan_stage import PlannedStage
+from models.cost import parameter_count
+from parallel.collective_bytes import Traffic
+from parallel.config import Recompute
+from parallel.roofline import EFFICIENCY
+
+GIB = 2**30
+MEMORY_COLUMNS = (
+    "weights", "gradients", "optimizer", "activations", "logits", "neurons", "buffers", "peak",
+)  # fmt: skip
+MOST_REASONS = 8
+Row = tuple[str, ...]
+
+
+def stage_lines(planned: PlannedStage) -> Iterator[str]:
+    """Everything about one curriculum stage."""
+    job, layout = planned.job, planned.layout
+    count = layout.num_microbatches(job)
+    yield (
+        f"{planned.name}: {job.rows} rows x {job.length} tokens a step, microbatches a rank: "
+        f"{count} of {_rows(job.microbatch_rows)}"
+    )
+    yield f"  {describe(planned)}"
+    yield ""
+    yield from _indented(_memory(planned))
+    verdict = "fits" if planned.fits else "does NOT fit"
+    yield (
+        f"  {verdict}: {planned.peak_bytes / GIB:.2f} GiB at the peak of the fullest rank, "
+        f"{planned.usable_bytes / GIB:.1f} GiB usable of {planned.device.memory_bytes / GIB:.1f}"
+    )
+    if any(planned.traffic):
+        yield ""
+        yield from _indented(_communication(planned))
+    yield ""
+    yield from _indented(_time(planned))
+
+
+def describe(planned: PlannedStage) -> str:
+    """The layout in one line."""
+    layout, job = planned.layout, planned.job
+    words = []
+    if layout.pp > 1:
+        words.append(f"pp {layout.pp} ({layout.parallel.schedule.value})")
+    is_copied = layout.dp_replicate > 1 and layout.dp_shard > 1
+    dp = f"{layout.dp_replicate} x {layout.dp_shard} shards" if is_copied else f"{layout.dp}"
+    words.append(f"dp {dp} ({layout.parallel.shard.value})")
+    if layout.tp > 1:
+        sequence = " + sequence parallel" if layout.parallel.sequence_parallel else ""
+        words.append(f"tp {layout.tp}{sequence}")
+    return f"{' x '.join(words)}, {_rows(job.microbatch_rows)}, recompute {_recompute(planned)}"
+
+
+def found_lines(found: Found, name: str) -> Iterator[str]:
+    """The fastest layouts, and why others were refused."""
+    yield f"{name}: {len(found.best)} fastest of {found.num_tried} layouts"
+    rows: list[Row] = [("layout", "peak GiB", "bubble", "step s", "tokens/s", "a device", "MFU")]
+    for planned in found.best:
+        time, devices = planned.time, planned.layout.num_devices
+        numbers = ("unknown",) * 5
+        if time is not None:
+            rate = time.tokens_per_second
+            numbers = (
+                f"{time.bubble:.1%}", f"{time.seconds:.2f}", f"{rate:,.0f}",
+                f"{rate / devices:,.0f}", f"{time.mfu:.1%}",
+            )  # fmt: skip
+        rows.append((describe(planned), f"{planned.peak_bytes / GIB:.1f}", *numbers))
+    yield from _indented(_table(rows))
+    if found.refused:
+        yield f"  {sum(count for _, count in found.refused)} refused:"
+    for reason, count in found.refused[:MOST_REASONS]:
+        yield f"    {count:4d}  {reason}"
+    rest = len(found.refused) - MOST_REASONS
+    if rest > 0:
+        yield f"          and {rest} more reasons"
+
+
+def header_lines(planned: PlannedStage) -> Iterator[str]:
+    """What is planned for which devices."""
+    model, device = planned.job.model, planned.device
+    yield (
+        f"{model.layers.describe()} | {parameter_count(model):,} parameters | "
+        f"{planned.job.precision.value}{' | spiking' if planned.job.is_spiking else ''}"
+    )
+    yield (
+        f"{planned.layout.num_devices} x {device.name.value}: "
+        f"{device.memory_bytes / GIB:.0f} GiB, {device.memory_bandwidth / 1e9:,.0f} GB/s, links "
+        f"{device.link_bandwidth / 1e9:,.0f} and {device.network_bandwidth / 1e9:,.0f} GB/s, "
+        f"{device.devices_per_node} a node, kernels {' and '.join(planned.job.kernels)}"
+    )
+    yield f"  {device.notes}"
+    share = EFFICIENCY
+    yield (
+        f"  efficiencies assumed: products {share.products:.0%}, softmax {share.softmax:.0%} and "
+        f"linear attention {share.linear:.0%} of peak FLOP/s, memory {share.memory:.0%}, links "
+        f"{share.links:.0%}"
+    )
+
+
+def _memory(planned: PlannedStage) -> Iterator[str]:
+    """One row a pp coordinate."""
+    yield "memory of a rank, GiB (peak: the most at once, gathered parameters included)"
+    rows: list[Row] = [("pp rank", "layers", "in flight", "parameters", *MEMORY_COLUMNS)]
+    for memory in planned.memory:
+        cuts = [stage for stage in planned.given.stages if stage.pp_rank == memory.pp_rank]
+        layers = " ".join(_layers(cut.first_layer, cut.end_layer) for cut in cuts)
+        ends = " + embedding" * any(c.has_embedding for c in cuts)
+        ends += " + head" * any(c.has_head for c in cuts)
+        numbers = [f"{getattr(memory, column) / GIB:.2f}" for column in MEMORY_COLUMNS]
+        in_flight = " ".join(str(count) for count in memory.in_flight.values())
+        rows.append(
+            (str(memory.pp_rank), layers + ends, in_flight, f"{memory.parameters:,}", *numbers)
+        )
+    yield from _table(rows)
+
+
+def _communication(planned: PlannedStage) -> Iterator[str]:
+    """Of the rank that moves most."""
+    traffic = max(planned.traffic, key=lambda each: sum(part.size for part in each))
+    yield "communication of a rank in a step (whole tensors; the rank that moves most)"
+    rows: list[Row] = [("of", "collective", "axis", "calls", "GiB")]
+    rows += [_traffic_row(each) for each in traffic]
+    yield from _table(rows)
+
+
+def _traffic_row(each: Traffic) -> Row:
+    size = f"{each.size / GIB:,.3f}"
+    return each.purpose, each.kind.value, each.axis, f"{each.calls:,}", size
+
+
+def _time(planned: PlannedStage) -> Iterator[str]:
+    time = planned.time
+    if time is None:
+        yield (
+            f"time: unknown, {planned.device.name.value} has no known peak FLOP/s in "
+            f"{planned.job.precision.value}"
+        )
+        return
+    yield f"FLOPs a token: {time.flops_per_token / 1e9:,.2f} G (forward and backward, once)"
+    yield (
+        f"step: {time.seconds:.3f} s = {time.compute:.3f} busiest rank + waiting (bubble "
+        f"{time.bubble:.1%}) + {time.exposed:.3f} data-parallel communication not hidden + "
+        f"{time.optimizer:.3f} update"
+    )
+    rate, devices = time.tokens_per_second, planned.layout.num_devices
+    yield (
+        f"predicted: {rate:,.0f} tokens/s, {rate / devices:,.0f} a device, MFU {time.mfu:.1%} "
+        "(roofline at the efficiencies above)"
+    )
+
+
+def _recompute(planned: PlannedStage) -> str:
+    named = planned.job.recompute
+    parts = {"norms": named.norms, "activations": named.activations, "mixers": named.mixers}
+    inside = [name for name, layers in parts.items() if layers]
+    if inside:
+        return f"{Recompute.selective.value} ({', '.join(inside)})"
+    if not named.blocks:
+        return Recompute.none.value
+    total = planned.job.model.num_hidden_layers
+    return Recompute.full.value if len(named.blocks) == total else f"{len(named.blocks)} blocks"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' if count > 1 else ''}"
+
+
+def _layers(first: int, end: int) -> str:
+    return "none" if first == end else f"{first}-{end - 1}"
+
+
+def _table(rows: Sequence[Row]) -> Iterator[str]:
+    """Columns aligned: the first to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if index < _LEFT else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+_LEFT = 1
+
+
+def _indented(lines: Iterator[str]) -> Iterator[str]:
+    for line in lines:
+        yield f"  {line}"

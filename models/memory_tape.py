@@ -1,0 +1,263 @@
+"""Bytes that autograd holds while a module runs, by replaying its operations without tensors.
+
+A tape is told each operation of a module: how much it makes, what its backward needs, what it needs
+on the side. Replaying gives what stays between forward and backward and the peaks of both. The
+rules are torch's in eager mode: a tensor is freed after its last use, a saved one after the
+operation that saved it has run backward; a second gradient of one tensor is added to the first in
+place where nothing else holds it. Knows no module and no rank; all sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What one module holds for one microbatch, its input included and its output not.
+
+    `kept` stays between forward and backward. `forward_peak` counts from nothing but the input,
+    and holds the output; `backward_peak` counts what is kept, the output's gradient and the
+    gradients of weights, which the first backward leaves behind (`weight_gradients`) and later
+    ones (`later_backward_peak`) add to those. `split_gradients` are the gradients that a backward
+    which leaves out the weights must hand to the one which adds them. `traffic` is read and written
+    in forward by operations that are no products.
+    """
+
+    kept: int
+    forward_peak: int
+    backward_peak: int
+    later_backward_peak: int
+    weight_gradients: int
+    split_gradients: int = 0
+    traffic: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """One tensor; two values never share memory."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    inputs: tuple[Value, ...]
+    held: tuple[Value, ...]
+    output: Value
+    saved: tuple[Value, ...]
+    saved_aside: int
+    scratch: int
+    backward_scratch: int
+    weight_gradients: int
+    hands_gradient_on: bool
+    is_product: bool
+    region: int | None
+
+
+@dataclass(eq=False, slots=True)
+class _Gradient:
+    """A gradient buffer; several values may hold the same one."""
+
+    size: int
+    holders: int = 1
+
+
+class Tape:
+    """The operations of one module, from `source` to the result given to `footprint`."""
+
+    def __init__(self, source_bytes: int) -> None:
+        self.source = Value(source_bytes)
+        self._operations: list[_Operation] = []
+        self._regions = 0
+        self._region: int | None = None
+
+    @contextmanager
+    def computed_again(self, when: bool) -> Iterator[None]:
+        """A region whose operations keep nothing but what they read from outside.
+
+        Neither do later readers keep what it made: in backward the first that asks has it made
+        again (`models.recompute`).
+        """
+        before = self._region
+        if when and before is None:
+            self._region = self._regions
+            self._regions += 1
+        yield
+        self._region = before
+
+    def op(  # noqa: PLR0913 - what an operation is
+        self,
+        *inputs: Value,
+        makes: int,
+        saves: Sequence[Value | int] = (),
+        saves_output: bool = False,
+        holds: Sequence[Value] = (),
+        scratch: int = 0,
+        backward_scratch: int = 0,
+        weights: int = 0,
+        hands_gradient_on: bool = False,
+        is_product: bool = False,
+    ) -> Value:
+        """Record an operation and return its output.
+
+        Args:
+            inputs: what it reads; all of them get gradients.
+            makes: size of the output.
+            saves: values that its backward needs, and sizes of what else it saves.
+            saves_output: whether its backward needs the output.
+            holds: values that a caller of this operation still refers to.
+            scratch: what exists beside the output at some moment of the forward.
+            backward_scratch: the same beside the gradients of inputs and weights.
+            weights: size of the gradients of its weights.
+            hands_gradient_on: its backward returns the output's gradient itself.
+            is_product: it multiplies matrices; its time is counted in FLOPs, not in bytes.
+        """
+        output = Value(makes)
+        saved = [value for value in saves if isinstance(value, Value)]
+        self._operations.append(
+            _Operation(
+                inputs, tuple(holds), output, tuple([*saved, output] if saves_output else saved),
+                sum(value for value in saves if isinstance(value, int)),
+                scratch, backward_scratch, weights, hands_gradient_on, is_product, self._region,
+            )
+        )  # fmt: skip
+        return output
+
+    def footprint(self, result: Value, *, recompute: bool = False) -> Footprint:
+        """What the module holds; with `recompute` it keeps its input and runs forward twice."""
+        replay = _Replay(self._operations, self.source, result)
+        forward_peak, live = replay.forward(saving=True)
+        kept = live - result.size
+        first, later = (replay.backward(kept, is_first) for is_first in (True, False))
+        if recompute:
+            again = forward_peak + result.size
+            first, later = max(first, again), max(later, again)
+            forward_peak, _ = replay.forward(saving=False)
+            kept = self.source.size
+        weighted = [each for each in self._operations if each.weight_gradients]
+        weights = sum(each.weight_gradients for each in weighted)
+        split = sum(each.output.size for each in weighted)
+        traffic = sum(
+            each.output.size + sum(value.size for value in each.inputs)
+            for each in self._operations
+            if not each.is_product
+        )
+        return Footprint(kept, forward_peak, first, later, weights, split, traffic)
+
+
+class _Replay:
+    """Walks the operations of a finished tape."""
+
+    def __init__(self, operations: Sequence[_Operation], source: Value, result: Value) -> None:
+        self.operations, self.source, self.result = operations, source, result
+        self.region_of = {each.output: each.region for each in operations}
+        self.savers = self._count_savers()
+
+    def _count_savers(self) -> Counter[Value]:
+        """How many operations need each value in backward; a region needs what it reads."""
+        savers = Counter(value for each in self.operations for value in each.saved)
+        for values in self._arguments().values():
+            savers.update(values)
+        return savers
+
+    def _arguments(self) -> dict[int, set[Value]]:
+        """What each region reads from outside."""
+        found: dict[int, set[Value]] = {}
+        for each in self.operations:
+            if each.region is not None:
+                values = {v for v in each.inputs if self.region_of.get(v) != each.region}
+                found.setdefault(each.region, set()).update(values)
+        return found
+
+    def forward(self, *, saving: bool) -> tuple[int, int]:
+        """Peak, and what is live at the end."""
+        kept = {v for v in self.savers if self.region_of.get(v) is None} if saving else set()
+        if not saving:
+            kept.add(self.source)
+        last_use = {
+            v: i for i, each in enumerate(self.operations) for v in (*each.inputs, *each.held)
+        }
+        live = peak = self.source.size
+        for index, each in enumerate(self.operations):
+            live += each.output.size
+            live += each.saved_aside if saving and each.region is None else 0
+            peak = max(peak, live + each.scratch)
+            for value in {*each.inputs, *each.held, each.output}:
+                is_done = last_use.get(value, -1) <= index and value is not self.result
+                if is_done and value not in kept:
+                    live -= value.size
+        return peak, live
+
+    def backward(self, kept: int, is_first: bool) -> int:
+        """Peak from the gradient of the result to that of the source."""
+        live = peak = kept + self.result.size
+        savers, regions = self.savers.copy(), set[int]()
+        gradients = {self.result: _Gradient(self.result.size)}
+        first_of = {each.region: each for each in reversed(self.operations)}
+        arguments = self._arguments()
+        for each in reversed(self.operations):
+            needed = {each.region, *(self.region_of.get(value) for value in each.saved)}
+            for region in sorted(r for r in needed if r is not None):
+                made, scratch = self._again(region, regions, savers)
+                live += made
+                peak = max(peak, live + scratch)
+            gradient = gradients.pop(each.output)
+            made = 0 if each.hands_gradient_on else sum(value.size for value in each.inputs)
+            peak = max(peak, live + made + each.weight_gradients + each.backward_scratch)
+            live += made + (each.weight_gradients if is_first else 0)
+            for value in each.inputs:
+                if each.hands_gradient_on:
+                    gradient.holders += 1
+                    new = gradient
+                else:
+                    new = _Gradient(value.size)
+                extra, change = _accumulate(gradients, value, new)
+                peak = max(peak, live + extra)
+                live += change
+            live -= _release(gradient) + each.saved_aside
+            finished = each.saved
+            if each.region is not None and first_of[each.region] is each:
+                finished = (*finished, *arguments[each.region])
+            for value in finished:
+                savers[value] -= 1
+                live -= 0 if savers[value] else value.size
+        return peak
+
+    def _again(self, region: int, regions: set[int], savers: Counter[Value]) -> tuple[int, int]:
+        """Make a region's values again, once: bytes that stay, and more for a moment."""
+        if region in regions:
+            return 0, 0
+        regions.add(region)
+        inside = [each for each in self.operations if each.region == region]
+        sizes = [each.output.size for each in inside if savers[each.output]]
+        others = sum(each.output.size for each in inside if not savers[each.output])
+        made = sum(sizes) + sum(each.saved_aside for each in inside)
+        before, scratch = 0, max(each.scratch for each in inside)
+        for value in self._arguments()[region]:
+            inner = self.region_of.get(value)
+            if inner is not None:
+                more, _ = self._again(inner, regions, savers)
+                before += more
+        return before + made, others + scratch
+
+
+def _accumulate(gradients: dict[Value, _Gradient], value: Value, new: _Gradient) -> tuple[int, int]:
+    """Add to a value's gradient: bytes needed for a moment, and bytes more or less afterwards."""
+    old = gradients.get(value)
+    if old is None:
+        gradients[value] = new
+        return 0, 0
+    if old.holders == 1:
+        return 0, -_release(new)
+    gradients[value] = _Gradient(value.size)
+    return value.size, value.size - _release(old) - _release(new)
+
+
+def _release(gradient: _Gradient) -> int:
+    """Drop one holder; bytes that this frees."""
+    gradient.holders -= 1
+    return 0 if gradient.holders else gradient.size

@@ -1,0 +1,179 @@
+"""What one rank sends and receives in a step: each kind of collective, how often, how many bytes.
+
+Counts the collectives of tensors; the few numbers that ranks agree on every step are left out. The
+size of a collective is that of its whole tensor: what an all-gather puts out, what a reduce-scatter
+takes in, what is reduced or sent.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from models.config import ThresholdGrad
+from models.layer_pattern import MixerKind
+from parallel.config import Shard
+from parallel.memory_replay import StageBytes
+from parallel.pipeline_cut import StageCut
+from parallel.planned import Assignment
+from parallel.schedule_order import Action, Work
+from parallel.unit_sizes import partial_elements, vocabulary_rows
+
+
+class Kind(Enum):
+    """Which collective."""
+
+    all_gather = "all-gather"
+    reduce_scatter = "reduce-scatter"
+    all_reduce = "all-reduce"
+    send = "send"
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """All collectives of one purpose in a step: `calls` of them, `size` bytes together."""
+
+    purpose: str
+    kind: Kind
+    axis: str
+    calls: int
+    size: int
+
+    def sent(self, num_ranks: int) -> float:
+        """Bytes that a rank sends if the collective runs around a ring of `num_ranks`."""
+        share = (num_ranks - 1) / num_ranks
+        factor = {Kind.all_reduce: 2 * share, Kind.send: 1.0}.get(self.kind, share)
+        return factor * self.size
+
+
+def step_traffic(given: Assignment, pp_rank: int) -> list[Traffic]:
+    """Everything that one rank of a pp coordinate communicates in a step, by purpose."""
+    stages = given.of_rank(pp_rank)
+    found: list[Traffic] = []
+    for stage, sizes in stages:
+        if given.layout.tp > 1:
+            found += _tensor_parallel(given, stage)
+        found += _data_parallel(given, sizes, given.orders[pp_rank])
+        found += _pipeline(given, stage)
+    cuts = [stage for stage, _ in stages]
+    if given.layout.tp > 1:
+        size = sum(_partial(given, stage) for stage in cuts) * given.job.master
+        found.append(Traffic("partial gradients", Kind.all_reduce, "tp", 1, size))
+    found += _tied(given, cuts)
+    return _joined(found)
+
+
+def _joined(parts: Sequence[Traffic]) -> list[Traffic]:
+    """Add up what has the same purpose, kind and axis; nothing that never happens."""
+    calls: Counter[tuple[str, Kind, str]] = Counter()
+    sizes: Counter[tuple[str, Kind, str]] = Counter()
+    for part in parts:
+        key = (part.purpose, part.kind, part.axis)
+        calls[key] += part.calls
+        sizes[key] += part.size
+    return [Traffic(*key, calls[key], sizes[key]) for key in calls if sizes[key]]
+
+
+def _tensor_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
+    """Borders of regions (`parallel.regions`), thresholds over cut channels, losses."""
+    job, work, count = given.job, given.work, given.num_microbatches
+    whole = work.tokens * job.model.hidden_size * job.narrow
+    regions = entered_again = left_again = encoded_again = 0
+    for layer in range(stage.first_layer, stage.end_layer):
+        mixers, again = job.model.layers.mixers[layer], job.again(layer)
+        regions += 1 + len(mixers)
+        entered_again += (1 + len(mixers)) * (again.block or again.norms)
+        # A block that runs again stops at its last operation that keeps something.
+        left_again += len(mixers) * again.block
+        is_mixed_again = again.mixer or (MixerKind.linear in mixers and again.norms)
+        encoded_again += again.block or again.activations
+        encoded_again += len(mixers) * (again.block or is_mixed_again)
+    entered, left = regions + stage.has_head, regions + stage.has_embedding
+    if work.sequence_parallel:
+        gathers = (entered + entered_again + left) * count
+        scatters = (left + left_again + entered) * count
+        yield Traffic("residual stream", Kind.all_gather, "tp", gathers, gathers * whole)
+        yield Traffic("residual stream", Kind.reduce_scatter, "tp", scatters, scatters * whole)
+    else:
+        calls = (left + left_again + entered) * count
+        yield Traffic("residual stream", Kind.all_reduce, "tp", calls, calls * whole)
+    numbers = work.tokens * job.master
+    if job.is_spiking:
+        is_trained = job.spiking.threshold_grad is ThresholdGrad.through
+        calls = (regions * (2 if is_trained else 1) + encoded_again) * count
+        yield Traffic("thresholds", Kind.all_reduce, "tp", calls, calls * numbers)
+    if stage.has_head:
+        yield Traffic("losses", Kind.all_reduce, "tp", 2 * count, 3 * numbers * count)
+
+
+def _partial(given: Assignment, stage: StageCut) -> int:
+    return partial_elements(
+        given.job.model,
+        stage,
+        given.shares,
+        sequence_parallel=given.work.sequence_parallel,
+        frozen=given.job.frozen,
+    )
+
+
+def _data_parallel(
+    given: Assignment, stage: StageBytes, order: Sequence[Action]
+) -> Iterator[Traffic]:
+    """FSDP2: parameters gathered, gradients reduced, over shards and over their copies."""
+    job, layout = given.job, given.layout
+    own = [action for action in order if action.stage == stage.index]
+    count = sum(action.work is Work.forward for action in own)
+    is_pipelined, shards = layout.pp > 1, layout.shard is Shard.parameters
+    for unit in stage.units:
+        gathers = _num_gathers(own, is_pipelined) if shards else 1
+        if shards and (unit.layer is None or unit.is_float32):
+            # The root and the small float32 units stay gathered from forward to backward.
+            gathers = 1 if is_pipelined else count
+        reductions = count if shards and not is_pipelined else 1
+        width = job.master if unit.is_float32 else job.narrow
+        if layout.dp_shard > 1:
+            size = unit.all.padded * width
+            yield Traffic("parameters", Kind.all_gather, "dp_shard", gathers, gathers * size)
+            size = unit.trained.padded * job.master
+            yield Traffic(
+                "gradients", Kind.reduce_scatter, "dp_shard", reductions, reductions * size
+            )
+        if layout.dp_replicate > 1:
+            size = unit.trained.shard * job.master
+            yield Traffic(
+                "gradients", Kind.all_reduce, "dp_replicate", reductions, reductions * size
+            )
+
+
+def _num_gathers(order: Sequence[Action], is_pipelined: bool) -> int:
+    """How often a block's parameters are gathered when they are given up after each forward.
+
+    Without a pipeline they are given up after each backward too; in one only the next forward ends
+    with that.
+    """
+    gathers, is_gathered = 0, False
+    for action in order:
+        gathers += not is_gathered
+        is_gathered = is_pipelined and action.work is not Work.forward
+    return gathers
+
+
+def _pipeline(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
+    """Activations to the next stage and gradients to the one before, for each microbatch."""
+    count = given.num_microbatches
+    ends = (stage.has_embedding, stage.has_head)
+    for purpose, is_end in zip(("gradients of activations", "activations"), ends, strict=True):
+        if not is_end and given.layout.pp > 1:
+            yield Traffic(purpose, Kind.send, "pp", count, count * given.work.stream)
+
+
+def _tied(given: Assignment, cuts: Sequence[StageCut]) -> Iterator[Traffic]:
+    """The first and the last stage exchange their parts of a tied embedding's gradient."""
+    model, layout = given.job.model, given.layout
+    has_end = any(stage.has_embedding or stage.has_head for stage in cuts)
+    if model.tie_word_embeddings and layout.pp > 1 and has_end:
+        rows = -(-vocabulary_rows(model, given.shares) // layout.dp_shard)
+        size = rows * model.hidden_size * given.job.master
+        yield Traffic("tied gradient", Kind.send, "pp", 1, size)

@@ -1,0 +1,191 @@
+"""Bytes that blocks keep, planned, against what real blocks keep: exactly, whatever the module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.activation_memory import Again, Workload, block_footprint
+from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
+from models.head_memory import embedding_footprint, head_footprint
+from models.initialisation import initialise
+from models.kernel_memory import Heads, softmax_memory
+from models.model import Model
+from models.recomputation import Recomputation
+from models.sequence import SequenceContext
+from models.spiking.neurons import Spikes
+from tests.support.allocations import peak_bytes
+from tests.support.kept_bytes import kept_bytes
+
+SHAPES = [(1, 40), (2, 200), (3, 173)]
+SPIKING = {
+    "off": SpikingConfig(),
+    "detached": SpikingConfig(neuron=NeuronKind.adaptive),
+    "through": SpikingConfig(neuron=NeuronKind.adaptive, threshold_grad=ThresholdGrad.through),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "F": {}, "S": {}, "L": {}, "_": {},
+    "F qk_norm": {"qk_norm": True}, "L qk_norm": {"qk_norm": True},
+    "F no groups": {"num_key_value_heads": 4}, "S no groups": {"num_key_value_heads": 4},
+    "S long": {"window_tokens": 70, "qkv_bias": False},
+}  # fmt: skip
+AGAIN = {
+    "norms": Again(norms=True),
+    "activations": Again(activations=True),
+    "mixer": Again(mixer=True),
+    "all parts": Again(norms=True, activations=True, mixer=True),
+}
+LAYER = frozenset({0})
+
+
+class Real:
+    """One block and the planner's words for it."""
+
+    def __init__(
+        self,
+        name: str,
+        spiking: SpikingConfig,
+        dtype: torch.dtype,
+        again: Again | None = None,
+        **sizes: int,
+    ) -> None:
+        again = again or Again()
+        values: dict[str, Any] = {
+            "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "qkv_bias": True,
+            "window_tokens": 16, "mixers": name[0], "ffns": "d",
+        }  # fmt: skip
+        self.config = ModelConfig(**(values | MODELS.get(name, {}) | sizes))
+        self.again, self.spiking, self.dtype = again, spiking, dtype
+        recompute = Recomputation(
+            norms=LAYER if again.norms else frozenset(),
+            activations=LAYER if again.activations else frozenset(),
+            mixers=LAYER if again.mixer and name[0] != "_" else frozenset(),
+        )
+        self.model = Model(self.config, spiking=spiking, recompute=recompute)
+        initialise(self.model, seed=1)
+        for parameter_name, parameter in self.model.named_parameters():
+            acts_wide = "norm" in parameter_name or "gate_up" in parameter_name
+            acts_wide |= "gate_down" in parameter_name
+            wide = torch.promote_types(dtype, torch.float32)
+            parameter.data = parameter.data.to(wide if acts_wide else dtype)
+
+    def workload(self, rows: int, length: int) -> Workload:
+        narrow = self.dtype.itemsize
+        return Workload(
+            model=self.config, spiking=self.spiking, rows=rows, length=length, narrow=narrow,
+            wide=max(narrow, 4),
+        )  # fmt: skip
+
+    def tables(self, sequence: SequenceContext) -> list[Tensor]:
+        """The rotary tables belong to the model; layers share them."""
+        rotary = getattr(self.model.blocks[0].mixer, "_rotary", None)
+        if rotary is None:
+            return []
+        rotation = rotary.for_sequence(sequence, self.dtype)
+        return [rotation.cos, rotation.sin]
+
+    def run(self, x: Tensor, sequence: SequenceContext) -> Tensor:
+        is_on = self.spiking.neuron is NeuronKind.adaptive
+        return self.model.blocks[0](x, sequence, Spikes(3.0) if is_on else None)
+
+
+def assert_kept(real: Real, rows: int, length: int) -> None:
+    sequence = SequenceContext.one_document_per_row(rows, length)
+    x = torch.randn(rows, length, real.config.hidden_size, dtype=real.dtype, requires_grad=True)
+    besides = (x, *real.model.parameters(), *real.tables(sequence), sequence.positions)
+    out: list[Tensor] = []
+
+    def forward() -> Tensor:
+        out.append(real.run(x, sequence))
+        return out[0]
+
+    kept = kept_bytes(forward, besides=besides)
+    mixers = real.config.layers.mixers[0]
+    planned = block_footprint(real.workload(rows, length), mixers, real.again)
+    # Planned is the input, which is not counted here; counted is the output, which is not planned.
+    assert planned.kept - x.nbytes == kept - out[0].nbytes
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("spiking", SPIKING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_block_keeps_what_is_planned(name: str, spiking: str, dtype: torch.dtype) -> None:
+    real = Real(name, SPIKING[spiking], dtype)
+    for rows, length in SHAPES:
+        assert_kept(real, rows, length)
+
+
+@pytest.mark.parametrize("name", ["F", "S", "L", "L qk_norm"])
+@pytest.mark.parametrize("again", AGAIN)
+@pytest.mark.parametrize("spiking", ["off", "detached"])
+def test_a_block_that_computes_parts_again_keeps_what_is_planned(
+    name: str, again: str, spiking: str
+) -> None:
+    assert_kept(Real(name, SPIKING[spiking], torch.bfloat16, AGAIN[again]), 2, 200)
+
+
+@pytest.mark.parametrize("name", ["F", "S", "L", "_"])
+@pytest.mark.parametrize("again", [None, "norms", "activations", "all parts"])
+def test_the_peak_of_a_backward_is_close(name: str, again: str | None) -> None:
+    real = Real(
+        name, SPIKING["detached"], torch.float32, AGAIN.get(again or ""), hidden_size=96,
+        intermediate_size=256, head_dim=24, window_tokens=64,
+    )  # fmt: skip
+    rows, length = 2, 512
+    sequence = SequenceContext.one_document_per_row(rows, length)
+    real.tables(sequence)
+    scalar = torch.ones((), requires_grad=True)
+
+    def step() -> None:
+        x = torch.zeros(rows, length, real.config.hidden_size).add_(scalar)
+        gradient = [torch.ones_like(x)]
+        edge = [torch.autograd.graph.get_gradient_edge(real.run(x, sequence))]
+        del x
+        torch.autograd.backward(edge, gradient)
+        real.model.zero_grad()
+
+    planned = block_footprint(real.workload(rows, length), real.config.layers.mixers[0], real.again)
+    # The gradient is there from the start of the step here.
+    stream = rows * length * real.config.hidden_size * 4
+    peak = max(planned.backward_peak, planned.forward_peak + stream)
+    assert peak == pytest.approx(peak_bytes(step), rel=0.04)
+
+
+def test_the_head_keeps_its_input_and_one_number_a_token() -> None:
+    real = Real("_", SPIKING["off"], torch.float32)
+    work = real.workload(2, 30)
+    found = head_footprint(work, 50, chunk_tokens=16)
+    stream = 2 * 30 * 24 * 4
+    # Input and output of the final norm, its reciprocal, the log normaliser.
+    assert found.kept == 2 * stream + 2 * 60 * 4
+    assert found.weight_gradients == 50 * 24 * 4 + 24 * 4
+    # Two chunks of logits at a time, where there are several.
+    assert (
+        found.backward_peak - head_footprint(work, 50, chunk_tokens=60).backward_peak
+        == (2 * 16 - 60) * 50 * 4
+    )
+
+
+def test_a_cut_vocabulary_needs_more_for_the_embedding() -> None:
+    real = Real("_", SPIKING["off"], torch.float32)
+    work = real.workload(2, 30)
+    whole = embedding_footprint(work, 50)
+    stream = 2 * 30 * 24 * 4
+    assert (whole.kept, whole.forward_peak, whole.weight_gradients) == (0, stream, 50 * 24 * 4)
+    cut = Workload(
+        model=work.model, spiking=work.spiking, rows=2, length=30, narrow=4, wide=4, tp=2,
+        sequence_parallel=True,
+    )  # fmt: skip
+    assert embedding_footprint(cut, 64).forward_peak == stream // 2 + 2 * stream
+
+
+def test_flash_attention_keeps_operands_output_and_a_sum_a_query() -> None:
+    heads = Heads(2, 100, num_queries=4, num_keys=2, dim=8, narrow=2, wide=4)
+    found = softmax_memory("flash_attn", heads, window=16)
+    assert found.operands == {"q", "k", "v"}
+    assert found.keeps_output
+    assert found.aside == 2 * 100 * 4 * 4

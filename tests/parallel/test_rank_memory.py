@@ -1,0 +1,103 @@
+"""Planned bytes of a rank against those of real engines: what rests exactly, the peak closely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from models.recomputation import Recomputation
+from parallel.boxes import local_of
+from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
+from parallel.planned import Job
+from parallel.rank_memory import RankMemory, rank_memory
+from tests.parallel.planned_runs import SPIKING, RealRun, job_of, storage_bytes
+from tests.support.allocations import peak_bytes, resting_bytes
+from tests.support.distributed import run_ranks
+
+ALL = frozenset(range(4))
+# The measured error is below 1 %, with a split backward 3 %; the planner promises 5 %.
+PEAK_TOLERANCE = 0.035
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of one rank of a real run."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: int
+
+
+# What a microbatch leaves behind adds up.
+MANY = job_of(rows=16, microbatch_rows=1)
+CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
+    1: [
+        (job_of(), ParallelConfig()),
+        (job_of(microbatch_rows=8, spiking=SPIKING), ParallelConfig()),
+        (job_of(precision=Precision.fp64, model={"qk_norm": True}), ParallelConfig()),
+        (job_of(recompute=Recomputation(blocks=ALL)), ParallelConfig(shard=Shard.parameters)),
+        (
+            job_of(recompute=Recomputation(norms=ALL, activations=ALL), microbatch_rows=4),
+            ParallelConfig(),
+        ),
+        (job_of(model={"tie_word_embeddings": True, "mixers": "S F _ L"}), ParallelConfig()),
+        (job_of(frozen=frozenset({"embedding.weight"})), ParallelConfig()),
+    ],
+    2: [
+        (job_of(), ParallelConfig(shard=Shard.parameters)),
+        (job_of(), ParallelConfig(shard=Shard.gradients)),
+        (job_of(), ParallelConfig(shard=Shard.none)),
+        (job_of(), ParallelConfig(tp=2)),
+        (job_of(), ParallelConfig(tp=2, sequence_parallel=True)),
+        (MANY, ParallelConfig(pp=2)),
+        (job_of(), ParallelConfig(pp=2, schedule=PipelineSchedule.gpipe)),
+        (MANY, ParallelConfig(pp=2, schedule=PipelineSchedule.interleaved)),
+        (job_of(), ParallelConfig(pp=2, schedule=PipelineSchedule.zero_bubble)),
+    ],
+}  # fmt: skip
+
+
+def measure(job: Job, parallel: ParallelConfig) -> tuple[Measured, RankMemory]:
+    """Bytes that a real run takes, and those planned for its rank."""
+    before = resting_bytes()
+    run = RealRun.start(job, parallel)
+    # The first step pads shards and computes rotary tables, the second is like all others.
+    run.step(0)
+    run.step(1)
+    resting = resting_bytes() - before
+    # Alone nobody else frees anything.
+    repeats = 1 if run.mesh.size == 1 else 3
+    peak = resting + peak_bytes(lambda: run.step(2), repeats=repeats)
+    run.backward(3)
+    parameters = [p for part in run.engine.parts for p in part.parameters()]
+    gradients = [local_of(p.grad) for p in parameters if p.grad is not None]
+    moments = [box.local for box in run.engine.optimizer_state().values()]
+    measured = Measured(
+        weights=storage_bytes([local_of(p) for p in parameters]),
+        gradients=storage_bytes(gradients),
+        # One counter a parameter with moments.
+        optimizer=storage_bytes(moments) + sum(4 for moment in moments if moment.numel()) // 2,
+        peak=peak,
+    )
+    planned = rank_memory(run.given, run.mesh.pp_rank)
+    return measured, planned
+
+
+def measure_all(rank: int, world_size: int) -> list[tuple[Measured, RankMemory]]:
+    return [measure(job, parallel) for job, parallel in CASES[world_size]]
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_memory_is_that_of_a_real_run(world_size: int, tmp_path: Path) -> None:
+    results = run_ranks(measure_all, world_size, tmp_path=tmp_path)
+    for index, (_, parallel) in enumerate(CASES[world_size]):
+        for rank in range(world_size):
+            measured, planned = results[rank][index]
+            assert planned.weights == measured.weights, (rank, parallel)
+            assert planned.gradients == measured.gradients, (rank, parallel)
+            assert planned.optimizer == measured.optimizer, (rank, parallel)
+            error = planned.peak / measured.peak - 1
+            assert abs(error) < PEAK_TOLERANCE, (rank, parallel, error)
