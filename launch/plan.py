@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
 from launch.compose import command
-from launch.plan_search import search
-from launch.plan_stage import PlannedStage, plan_stage, wanted_devices
+from launch.plan_run import PlannedRun, plan_run, wanted_devices
+from launch.plan_search import replaced_keys, search
+from launch.plan_stage import PlannedStage
 from launch.plan_text import describe, found_lines, header_lines, stage_lines
 from launch.train import model_from_checkpoint
 from models.config import STRICT
 from parallel.backend.devices import Device, DeviceName, device_facts
 from training.config import RunConfig
+from training.planned_job import left_out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +65,12 @@ class PlanConfig(RunConfig):
 def main(config: PlanConfig) -> None:
     """Plan a run: parameters, memory, communication, FLOPs and predicted tokens/s of each stage.
 
-    Takes every argument of launch.train. plan.device=h100|h200|a100|c550|cpu says on what,
-    plan.num_devices=N on how many (the layout's own number when it is null); with plan.search=true
-    the plan.top fastest layouts for N devices, and why the others cannot be. out=FILE writes JSON.
-    Nothing is loaded or started.
+    Takes every argument of launch.train ('~stages.NAME' leaves a stage out). plan.device=h100|h200|
+    a100|c550|cpu says on what, plan.num_devices=N on how many (the layout's own number when it is
+    null); with plan.search=true the plan.top layouts on which N devices take least time for all
+    stages, and why others cannot be. out=FILE writes JSON. Nothing is loaded or started.
     """
+    _check_out(config.out)
     device = device_facts(config.plan.device)
     if config.plan.search:
         lines, record = _searched(config, device)
@@ -81,62 +83,75 @@ def main(config: PlanConfig) -> None:
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+def _check_out(out: str | None) -> None:
+    """Before the work, not after it."""
+    if out is not None and Path(out).is_dir():
+        raise ValueError(f"out ({out}) must be a file: got a folder. Set out={out}/plan.json.")
+
+
 def _planned(config: PlanConfig, device: Device) -> tuple[list[str], dict[str, Any]]:
     """The given layout, stage by stage."""
     num_devices = config.plan.num_devices or wanted_devices(config.parallel)
-    stages = [plan_stage(config, name, device, num_devices) for name in config.stages]
-    lines = [*header_lines(stages[0]), *_notes(config)]
-    for planned in stages:
-        lines += ["", *stage_lines(planned)]
-    return lines, {"device": _device(device), "stages": [record_of(each) for each in stages]}
+    run = plan_run(config, device, num_devices).timed()
+    lines = [*header_lines(config, device, num_devices)]
+    for stage in run.stages:
+        lines += ["", *stage_lines(stage)]
+    return lines, {**_record(config, device), **_record_of_run(run)}
 
 
 def _searched(config: PlanConfig, device: Device) -> tuple[list[str], dict[str, Any]]:
-    """The fastest layouts of each stage."""
+    """The layouts on which the run takes least time."""
     assert config.plan.num_devices is not None, "checked with the options"
-    lines: list[str] = []
-    record: dict[str, Any] = {"device": _device(device), "search": {}}
-    for name in config.stages:
-        found = search(config, name, device, config.plan.num_devices, config.plan.top)
-        if found.best and not lines:
-            lines += [*header_lines(found.best[0]), *_notes(config)]
-        lines += ["", *found_lines(found, name)]
-        record["search"][name] = {
-            "best": [record_of(each) for each in found.best],
-            "num_tried": found.num_tried,
-            "refused": [{"reason": reason, "count": count} for reason, count in found.refused],
-        }
-    return lines, record
+    found = search(config, device, config.plan.num_devices, config.plan.top)
+    lines = [*header_lines(config, device, config.plan.num_devices)]
+    replaced = replaced_keys(config)
+    if replaced:
+        lines.append(f"  the search replaces {', '.join(replaced)}")
+    lines += ["", *found_lines(found)]
+    return lines, {
+        **_record(config, device),
+        "replaced": replaced,
+        "best": [_record_of_run(run) for run in found.best],
+        "num_tried": found.num_tried,
+        "refused": [{"reason": reason, "count": count} for reason, count in found.refused],
+    }
 
 
-def _notes(config: PlanConfig) -> Iterator[str]:
-    """What of the run the plan leaves out."""
-    if config.training.teacher is not None:
-        yield f"  not counted: training.teacher ({config.training.teacher})"
-    if config.optimizer.freeze:
-        yield "  activations are counted as if every parameter were trained"
+def _record(config: PlanConfig, device: Device) -> dict[str, Any]:
+    """What is planned, as JSON values."""
+    return {"device": _device(device), "left_out": left_out(config)}
 
 
-def record_of(planned: PlannedStage) -> dict[str, Any]:
-    """A planned stage as JSON values."""
-    layout = planned.layout
+def _record_of_run(run: PlannedRun) -> dict[str, Any]:
+    layout = run.first.layout
+    return {
+        "layout": {
+            "description": describe(run.first),
+            "pp": layout.pp, "dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard,
+            "tp": layout.tp,
+        },
+        "pipeline_stages": [asdict(stage) for stage in run.first.given.stages],
+        "peak_bytes": run.peak_bytes,
+        "usable_bytes": run.first.usable_bytes,
+        "fits": run.fits,
+        "seconds": run.seconds,
+        "stages": [_record_of_stage(stage) for stage in run.stages],
+    }  # fmt: skip
+
+
+def _record_of_stage(planned: PlannedStage) -> dict[str, Any]:
     return {
         "stage": planned.name,
-        "layout": {
-            "description": describe(planned),
-            "pp": layout.pp, "dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard,
-            "tp": layout.tp, "num_microbatches": layout.num_microbatches(planned.job),
-        },
-        "pipeline_stages": [asdict(stage) for stage in planned.given.stages],
+        "num_steps": planned.num_steps,
+        "num_microbatches": planned.layout.num_microbatches(planned.job),
         "memory": [asdict(each) for each in planned.memory],
         "peak_bytes": planned.peak_bytes,
-        "usable_bytes": planned.usable_bytes,
         "fits": planned.fits,
         "traffic": [
             [asdict(each, dict_factory=_plain) for each in rank] for rank in planned.traffic
         ],
         "time": None if planned.time is None else asdict(planned.time),
-    }  # fmt: skip
+    }
 
 
 def _device(device: Device) -> dict[str, Any]:

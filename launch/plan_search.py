@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from functools import partial
 from itertools import product
 
-from launch.plan_stage import PlannedStage, plan_stage
+from launch.plan_run import PlannedRun, plan_run
 from parallel.backend.devices import Device
 from parallel.config import ParallelConfig, PipelineSchedule, Recompute, Shard
 from training.config import RunConfig, TrainingConfig
@@ -31,6 +32,13 @@ PIPELINED = tuple(
 RECOMPUTE = (Recompute.none, Recompute.selective, Recompute.full)
 MICROBATCH_ROWS = (1, 2, 4, 8)
 GIB = 2**30
+_KEPT = ("vocab_multiple",)
+"""What of `parallel` a search leaves as it is."""
+_REPLACED = frozenset(
+    [f"parallel.{each.name}" for each in fields(ParallelConfig) if each.name not in _KEPT]
+    + ["training.recompute", "training.recompute_every", "training.recompute_modules"]
+    + ["training.recompute_stages", "training.microbatch_rows"]
+)
 
 
 @dataclass(slots=True)
@@ -55,28 +63,31 @@ class Refusals:
 class Found:
     """The fastest layouts that fit, and why others were refused."""
 
-    best: list[PlannedStage]
+    best: list[PlannedRun]
     num_tried: int
     refused: list[tuple[str, int]]
 
 
-def search(config: RunConfig, name: str, device: Device, num_devices: int, top: int) -> Found:
-    """The `top` layouts of a curriculum stage with the most tokens a second."""
-    fitting: list[PlannedStage] = []
+def search(config: RunConfig, device: Device, num_devices: int, top: int) -> Found:
+    """The `top` layouts on which the whole run, all its curriculum stages, takes least time.
+
+    What a layout changes replaces the run's own (`replaced_keys`).
+    """
+    fitting: list[PlannedRun] = []
     refused = Refusals()
     tried = 0
     for parallel, recompute, rows in candidates(device, num_devices):
         tried += 1
         try:
             changed = _changed(config, parallel(), recompute, rows)
-            planned = plan_stage(changed, name, device, num_devices, only_fitting=True)
+            planned = plan_run(changed, device, num_devices)
         except ValueError as error:
             refused.add(_first_sentence(error))
             continue
         if planned.fits:
-            fitting.append(planned)
+            fitting.append(planned.timed())
         else:
-            usable = planned.usable_bytes / GIB
+            usable = planned.first.usable_bytes / GIB
             refused.add(f"needs more than the usable {usable:.0f} GiB of a device")
     fitting.sort(key=_by_speed)
     return Found(fitting[:top], tried, refused.most_common())
@@ -105,20 +116,35 @@ def candidates(
                         yield make, recompute, rows
 
 
+def replaced_keys(config: RunConfig) -> list[str]:
+    """Keys that the run sets and that a search sets anew for each layout, with their values."""
+    given = {**_set_keys("parallel", config.parallel), **_set_keys("training", config.training)}
+    return [f"{key} ({value})" for key, value in given.items() if key in _REPLACED]
+
+
+def _set_keys(group: str, config: ParallelConfig | TrainingConfig) -> dict[str, object]:
+    default = type(config)()
+    values = {each.name: getattr(config, each.name) for each in fields(config)}
+    return {
+        f"{group}.{name}": value.value if isinstance(value, Enum) else value
+        for name, value in values.items()
+        if value != getattr(default, name)
+    }
+
+
 def _changed(
     config: RunConfig, parallel: ParallelConfig, recompute: Recompute, rows: int
 ) -> RunConfig:
-    parallel = replace(parallel, vocab_multiple=config.parallel.vocab_multiple)
-    default = TrainingConfig()
+    default, kept = TrainingConfig(), {key: getattr(config.parallel, key) for key in _KEPT}
     training = replace(
         config.training,
         recompute=recompute,
-        recompute_every=1,
+        recompute_every=default.recompute_every,
         recompute_modules=default.recompute_modules,
         recompute_stages=None,
         microbatch_rows=rows,
     )
-    return replace(config, parallel=parallel, training=training)
+    return replace(config, parallel=replace(parallel, **kept), training=training)
 
 
 def _divisors(number: int) -> list[int]:
@@ -130,6 +156,5 @@ def _first_sentence(error: ValueError) -> str:
     return str(error).split(". ")[0].rstrip(".")
 
 
-def _by_speed(planned: PlannedStage) -> tuple[float, int]:
-    rate = 0.0 if planned.time is None else planned.time.tokens_per_second
-    return -rate, planned.peak_bytes
+def _by_speed(planned: PlannedRun) -> tuple[float, int]:
+    return planned.seconds or 0.0, planned.peak_bytes

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from launch.plan_run import PlannedRun
 from launch.plan_search import Found
 from launch.plan_stage import PlannedStage
+from models.config import NeuronKind
 from models.cost import parameter_count
+from parallel.backend.devices import Device
 from parallel.collective_bytes import Traffic
 from parallel.config import Recompute
 from parallel.roofline import EFFICIENCY
+from training.config import RunConfig
 from training.layout_table import Row, aligned, rank_table
+from training.planned_job import left_out, planned_kernels
 
 GIB = 2**30
 MOST_REASONS = 8
@@ -55,21 +60,14 @@ def describe(planned: PlannedStage) -> str:
     return f"{' x '.join(words)}, {_rows(job.microbatch_rows)}, recompute {_recompute(planned)}"
 
 
-def found_lines(found: Found, name: str) -> Iterator[str]:
+def found_lines(found: Found) -> Iterator[str]:
     """The fastest layouts, and why others were refused."""
-    yield f"{name}: {len(found.best)} fastest of {found.num_tried} layouts"
-    rows: list[Row] = [("layout", "peak GiB", "bubble", "step s", "tokens/s", "a device", "MFU")]
-    for planned in found.best:
-        time, devices = planned.time, planned.layout.num_devices
-        numbers = ("unknown",) * 5
-        if time is not None:
-            rate = time.tokens_per_second
-            numbers = (
-                f"{time.bubble:.1%}", f"{time.seconds:.2f}", f"{rate:,.0f}",
-                f"{rate / devices:,.0f}", f"{time.mfu:.1%}",
-            )  # fmt: skip
-        rows.append((describe(planned), f"{planned.peak_bytes / GIB:.1f}", *numbers))
-    yield from aligned(rows)
+    yield f"{len(found.best)} fastest of {found.num_tried} layouts, each for the whole run"
+    if found.best:
+        yield from aligned([
+            ("layout", "peak GiB", "hours", *_rate_headers(found.best[0])),
+            *(_run_row(run) for run in found.best),
+        ])  # fmt: skip
     if found.refused:
         yield f"  {sum(count for _, count in found.refused)} refused:"
     for reason, count in found.refused[:MOST_REASONS]:
@@ -79,18 +77,40 @@ def found_lines(found: Found, name: str) -> Iterator[str]:
         yield f"          and {rest} more reasons"
 
 
-def header_lines(planned: PlannedStage) -> Iterator[str]:
-    """What is planned for which devices."""
-    model, device = planned.job.model, planned.device
+def _rate_headers(run: PlannedRun) -> Iterator[str]:
+    for stage in run.stages:
+        yield f"{stage.name}: bubble"
+        yield "tokens/s a device"
+        yield "MFU"
+
+
+def _run_row(run: PlannedRun) -> Row:
+    hours = "unknown" if run.seconds is None else f"{run.seconds / 3600:,.1f}"
+    rates: list[str] = []
+    for stage in run.stages:
+        time, devices = stage.time, stage.layout.num_devices
+        if time is None:
+            rates += ["unknown"] * 3
+        else:
+            rate = time.tokens_per_second / devices
+            rates += [f"{time.bubble:.1%}", f"{rate:,.0f}", f"{time.mfu:.1%}"]
+    return describe(run.first), f"{run.peak_bytes / GIB:.1f}", hours, *rates
+
+
+def header_lines(config: RunConfig, device: Device, num_devices: int) -> Iterator[str]:
+    """What is planned for which devices, and what the plan leaves out."""
+    model, precision = config.model, config.training.precision
+    is_spiking = config.spiking.neuron is not NeuronKind.off
     yield (
         f"{model.layers.describe()} | {parameter_count(model):,} parameters | "
-        f"{planned.job.precision.value}{' | spiking' if planned.job.is_spiking else ''}"
+        f"{precision.value}{' | spiking' if is_spiking else ''}"
     )
     yield (
-        f"{planned.layout.num_devices} x {device.name.value}: "
+        f"{num_devices} x {device.name.value}: "
         f"{device.memory_bytes / GIB:.0f} GiB, {device.memory_bandwidth / 1e9:,.0f} GB/s, links "
         f"{device.link_bandwidth / 1e9:,.0f} and {device.network_bandwidth / 1e9:,.0f} GB/s, "
-        f"{device.devices_per_node} a node, kernels {' and '.join(planned.job.kernels)}"
+        f"{device.devices_per_node} a node, kernels "
+        f"{' and '.join(planned_kernels(device.kernels, precision))}"
     )
     yield f"  {device.notes}"
     share = EFFICIENCY
@@ -99,6 +119,12 @@ def header_lines(planned: PlannedStage) -> Iterator[str]:
         f"linear attention {share.linear:.0%} of peak FLOP/s, memory {share.memory:.0%}, links "
         f"{share.links:.0%}"
     )
+    yield (
+        "  counted: training steps on rows of one document each, without evaluation and the host's "
+        "copy of an asynchronous checkpoint"
+    )
+    for line in left_out(config):
+        yield f"  {line}"
 
 
 def _communication(planned: PlannedStage) -> Iterator[str]:

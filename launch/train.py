@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from launch.checkpoints import checkpoint_model
 from launch.compose import command, leave
+from models.config import ModelConfig
 from training.config import RunConfig
 from training.run import run
+
+
+REQUIRED = frozenset(
+    each.name
+    for each in fields(ModelConfig)
+    if each.default is MISSING and each.default_factory is MISSING
+)
+"""Keys of a model that have no default, so that a model given by hand has some of them."""
 
 
 def model_from_checkpoint(raw: dict[str, Any]) -> dict[str, Any]:
     """With `model=from_checkpoint` the model is the one of `init.checkpoint`.
 
     A run that has checkpoints of its own no longer needs it: where it is gone, they tell the model.
+
+    Raises:
+        ValueError: there is no `init.checkpoint`.
     """
-    source = raw["init"]["checkpoint"]
-    if source is None or "vocab_size" in raw["model"]:
+    source, given = raw["init"]["checkpoint"], REQUIRED.intersection(raw["model"])
+    if "vocab_size" in given:
         return raw
+    if source is None:
+        if given:
+            return raw
+        raise ValueError(
+            "init.checkpoint (null) must be a checkpoint for model=from_checkpoint. Add "
+            "init.checkpoint=FOLDER, or choose another model=."
+        )
     own = Path(str(raw.get("run_dir")))
     is_own = not Path(source).exists() and (own / "checkpoints").is_dir()
     return {**raw, "model": checkpoint_model(own if is_own else source)}

@@ -18,6 +18,9 @@ from models.kernel_memory import Heads, KernelMemory, linear_memory, softmax_mem
 from models.layer_pattern import MixerKind, Mixers
 from models.memory_tape import Footprint, Tape, Value
 
+PLAIN_KERNELS = ("chunked", "blocked")
+"""Those of a device that has no others: a processor."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
@@ -33,7 +36,7 @@ class Workload:
     length: int
     narrow: int
     wide: int
-    kernels: tuple[str, str] = ("chunked", "blocked")
+    kernels: tuple[str, str] = PLAIN_KERNELS
     tp: int = 1
     sequence_parallel: bool = False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from models.activation_memory import Workload, enter, norm
+from models.activation_memory import PLAIN_KERNELS, Workload, enter, norm
 from models.memory_tape import Footprint, Tape
 
 
@@ -44,9 +44,11 @@ def head_footprint(work: Workload, vocab_rows: int, *, chunk_tokens: int) -> Foo
     before = 1 if work.tokens > chunk_tokens else 0
     narrow, wide = work.narrow, work.wide
     if work.is_narrow:
-        # Narrow and wide logits; or a product as large as the weight and narrow logits.
+        # Narrow and wide logits; or a product as large as the weight and narrow logits, and on a
+        # processor the product once more in the wide dtype to be added.
         making = chunk * (wide + narrow)
-        needed = max(making + before * chunk * narrow - weight * narrow, chunk * narrow)
+        widened = weight * wide if work.kernels == PLAIN_KERNELS else 0
+        needed = max(making + before * chunk * narrow - weight * narrow, chunk * narrow + widened)
         scratch, backward = making + before * chunk * wide, weight * wide + needed
     else:
         scratch = backward = (1 + before) * chunk * wide

@@ -19,7 +19,7 @@ from parallel.memory_replay import StageBytes
 from parallel.pipeline_cut import StageCut
 from parallel.planned import Assignment
 from parallel.schedule_order import Action, Work
-from parallel.unit_sizes import partial_elements, vocabulary_rows
+from parallel.unit_sizes import own_rows, partial_elements, vocabulary_rows
 
 
 class Kind(Enum):
@@ -171,9 +171,10 @@ def _pipeline(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
 
 def _tied(given: Assignment, cuts: Sequence[StageCut]) -> Iterator[Traffic]:
     """The first and the last stage exchange their parts of a tied embedding's gradient."""
-    model, layout = given.job.model, given.layout
+    model = given.job.model
     has_end = any(stage.has_embedding or stage.has_head for stage in cuts)
-    if model.tie_word_embeddings and layout.pp > 1 and has_end:
-        rows = -(-vocabulary_rows(model, given.shares) // layout.dp_shard)
+    is_trained = "embedding.weight" not in given.job.frozen
+    if model.tie_word_embeddings and is_trained and given.layout.pp > 1 and has_end:
+        rows = own_rows(vocabulary_rows(model, given.shares), given.shares)
         size = rows * model.hidden_size * given.job.master
         yield Traffic("tied gradient", Kind.send, "pp", 1, size)

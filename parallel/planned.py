@@ -5,6 +5,7 @@ Sizes only; nothing here builds a module, a mesh or a process group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from models.activation_memory import Again, Workload, block_footprint
@@ -127,8 +128,15 @@ class Assignment:
     orders: tuple[tuple[Action, ...], ...]
 
     @classmethod
-    def of(cls, job: Job, layout: Layout, *, shard_rank: int = 0) -> Assignment:
-        """Cut the model and work out what each stage is made of."""
+    def of(
+        cls,
+        job: Job,
+        layout: Layout,
+        *,
+        stages: Sequence[StageCut] | None = None,
+        shard_rank: int = 0,
+    ) -> Assignment:
+        """Work out what each stage is made of; `stages` None cuts the model by the job's rows."""
         parallel = layout.parallel
         work = Workload(
             model=job.model, spiking=job.spiking, rows=job.microbatch_rows, length=job.length,
@@ -139,13 +147,14 @@ class Assignment:
             tp=layout.tp, dp_shard=layout.dp_shard, vocab_multiple=parallel.vocab_multiple,
             shard_rank=shard_rank,
         )  # fmt: skip
-        stages = cut(job.model, parallel, sequence_length=job.length)
+        if stages is None:
+            stages = cut(job.model, parallel, sequence_length=job.length)
         return cls(
             job=job,
             layout=layout,
             work=work,
             shares=shares,
-            stages=stages,
+            stages=tuple(stages),
             stage_bytes=tuple(_stage_bytes(job, work, shares, stage) for stage in stages),
             orders=tuple(tuple(each) for each in orders(parallel, layout.num_microbatches(job))),
         )

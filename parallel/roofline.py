@@ -150,12 +150,14 @@ class _Clock:
         forward, again, products = self._computing(sizes)
         crossing = self._crossing(traffic)
         backward = 2 * forward + again + crossing
+        # The half that adds up weight gradients is as long as the products of forward. The first
+        # stage sends no gradient: torch leaves its whole backward to that half.
+        weights = backward if stage.index == 0 else products
         return {
             Work.forward: forward + crossing,
             Work.backward: backward,
-            # The half that adds up weight gradients is as long as the products of forward.
-            Work.backward_input: backward - products,
-            Work.backward_weight: products,
+            Work.backward_input: backward - weights,
+            Work.backward_weight: weights,
         }
 
     def exposed(

@@ -75,7 +75,7 @@ def stage_units(
         shapes.setdefault(place, {})[name] = _local_shape(config, name, layout, shares)
     units = []
     for (layer, is_float32), members in shapes.items():
-        trained = [shape for name, shape in members.items() if name not in frozen]
+        trained = [shape for name, shape in members.items() if _name_in(config, name) not in frozen]
         of_all = _sizes(members.values(), shares)
         units.append(Unit(layer, is_float32, of_all, _sizes(trained, shares)))
     return units
@@ -116,6 +116,12 @@ def partial_elements(
     return _sizes(shapes, shares).own
 
 
+def _name_in(config: ModelConfig, name: str) -> str:
+    """The name of a stage's parameter in the whole model, where a tied head has none."""
+    is_copy = name == "head.weight" and config.tie_word_embeddings
+    return "embedding.weight" if is_copy else name
+
+
 def layer_of(name: str) -> int | None:
     """The layer that a parameter belongs to."""
     return int(name.split(".")[1]) if name.startswith("blocks.") else None
@@ -133,11 +139,17 @@ def vocabulary_rows(config: ModelConfig, shares: Shares) -> int:
     return padded_vocab_size(config.vocab_size, shares.tp, shares.vocab_multiple) // shares.tp
 
 
+def own_rows(rows: int, shares: Shares) -> int:
+    """Rows of a parameter that this shard truly holds."""
+    each = -(-rows // shares.dp_shard)
+    return max(0, min(each, rows - shares.shard_rank * each))
+
+
 def _sizes(shapes: Iterable[tuple[int, int]], shares: Shares) -> Sizes:
     whole = padded = shard = own = largest = count = 0
     for rows, width in shapes:
         each = -(-rows // shares.dp_shard)
-        mine = max(0, min(each, rows - shares.shard_rank * each)) * width
+        mine = own_rows(rows, shares) * width
         whole += rows * width
         padded += each * shares.dp_shard * width
         shard += each * width

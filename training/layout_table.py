@@ -10,7 +10,7 @@ from parallel.pipeline_cut import StageCut
 from parallel.rank_memory import RankMemory
 from training.config import RunConfig
 from training.layout import cut_stages
-from training.planned_job import planned_memory
+from training.planned_job import left_out, planned_memory
 
 MEMORY_COLUMNS = (
     "weights", "gradients", "optimizer", "activations", "logits", "neurons", "buffers", "peak",
@@ -37,8 +37,8 @@ def layout_lines(config: RunConfig, mesh: Mesh, *, kernels: tuple[str, str]) -> 
         yield f"schedule {parallel.schedule.value}, {len(stages)} stages"
     memory = planned_memory(config, num_ranks=mesh.size, kernels=kernels)
     yield from rank_table(stages, memory, ranks_each=mesh.size // mesh.pp_size)
-    if config.training.teacher is not None:
-        yield "  not counted: the teacher's weights and activations"
+    for line in left_out(config):
+        yield f"  {line}"
 
 
 def rank_table(

@@ -90,14 +90,15 @@ _DEVICES = {
     ),
     DeviceName.h200: Device(
         name=DeviceName.h200,
-        memory_bytes=141 * 10**9,
+        memory_bytes=139 * 2**30,
         memory_bandwidth=4800 * GIGA,
         link_bandwidth=450 * GIGA,
         network_bandwidth=50 * GIGA,
         devices_per_node=8,
         kernels=_GPU_KERNELS,
         peak_flops=_nvidia("H200"),
-        notes="H200 SXM, NVIDIA data sheet; links and adapters as H100",
+        notes="H200 SXM, NVIDIA data sheet; memory: what CUDA reports of its 141 GB; links and "
+        "adapters as H100",
     ),
     DeviceName.c550: Device(
         name=DeviceName.c550,

@@ -134,6 +134,12 @@ def test_the_model_of_a_run_outlives_what_it_began_with(trained: Path, tmp_path:
     assert model_from_checkpoint(raw)["model"] == checkpoint_model(trained)
     with pytest.raises(ValueError, match="gone.* must be a folder"):
         model_from_checkpoint({**raw, "run_dir": str(tmp_path / "new")})
+    with pytest.raises(
+        ValueError, match=r"init\.checkpoint \(null\) must be a checkpoint for model"
+    ):
+        model_from_checkpoint({**raw, "init": {"checkpoint": None}})
+    by_hand = {**raw, "init": {"checkpoint": None}, "model": {"hidden_size": 8}}
+    assert model_from_checkpoint(by_hand) == by_hand
 
 
 def test_the_model_of_a_checkpoint_is_what_the_run_was_given(trained: Path) -> None:

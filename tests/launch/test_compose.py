@@ -104,7 +104,7 @@ def test_all_wrong_values_are_named_at_once() -> None:
 
 def test_a_missing_required_key_is_named() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size must be set"):
-        load("model=from_checkpoint")
+        load("model=from_checkpoint", "init.checkpoint=null", "model.hidden_size=8")
 
 
 def test_the_schema_tree_lists_every_key_once() -> None:

@@ -14,8 +14,8 @@ import yaml
 from launch.compose import load_config
 from launch.config_errors import ConfigError
 from launch.plan import PlanConfig, _planned, _searched
+from launch.plan_run import plan_run, wanted_devices
 from launch.plan_search import Refusals, candidates, search
-from launch.plan_stage import plan_stage, wanted_devices
 from launch.plan_text import describe
 from launch.schema import CONF
 from models.cost import parameter_count
@@ -92,8 +92,8 @@ def test_the_json_holds_the_numbers(tmp_path: Path) -> None:
     _, record = _planned(config, device_facts(config.plan.device))
     again: dict[str, Any] = json.loads(json.dumps(record))
     (stage,) = again["stages"]
-    assert stage["layout"]["pp"] == 2
-    assert [each["end_layer"] for each in stage["pipeline_stages"]][-1] == 4
+    assert again["layout"]["pp"] == 2
+    assert [each["end_layer"] for each in again["pipeline_stages"]][-1] == 4
     held = sum(each["parameters"] for each in stage["memory"])
     assert held == parameter_count(config.model)
     assert stage["peak_bytes"] == max(each["peak"] for each in stage["memory"])
@@ -153,12 +153,12 @@ def test_the_search_finds_the_fastest_that_fit_and_says_why_not() -> None:
         "experiment=smoke_fp32", "training.precision=bf16", "plan.num_devices=8",
         "plan.search=true", "plan.top=3",
     )  # fmt: skip
-    found = search(config, "main", H100, 8, 3)
+    found = search(config, H100, 8, 3)
     assert len(found.best) == 3
-    rates = [each.time.tokens_per_second for each in found.best if each.time is not None]
-    assert rates == sorted(rates, reverse=True)
-    assert len(rates) == 3
-    assert all(each.fits and each.layout.num_devices == 8 for each in found.best)
+    seconds = [each.seconds for each in found.best if each.seconds is not None]
+    assert seconds == sorted(seconds)
+    assert len(seconds) == 3
+    assert all(each.fits and each.first.layout.num_devices == 8 for each in found.best)
     reasons = dict(found.refused)
     assert any("must give at most one stage a layer" in reason for reason in reasons)
     assert any("must be none or selective for parallel.schedule zero_bubble" in r for r in reasons)
@@ -166,22 +166,76 @@ def test_the_search_finds_the_fastest_that_fit_and_says_why_not() -> None:
     assert sum(reasons.values()) < found.num_tried
     lines, record = _searched(config, H100)
     text = "\n".join(lines)
-    assert f"main: 3 fastest of {found.num_tried} layouts" in text
-    assert describe(found.best[0]) in text
+    assert f"3 fastest of {found.num_tried} layouts" in text
+    assert describe(found.best[0].first) in text
     assert f"{sum(reasons.values())} refused:" in text
-    assert len(record["search"]["main"]["best"]) == 3
+    assert len(record["best"]) == 3
+    assert record["best"][0]["seconds"] == seconds[0]
 
 
 def test_no_layout_that_was_tried_beats_the_best() -> None:
     config = load("experiment=smoke_fp32", "training.precision=bf16")
-    best = search(config, "main", H100, 4, 1).best[0]
-    assert best.time is not None
+    best = search(config, H100, 4, 1).best[0]
+    assert best.seconds is not None
     for overrides in (["parallel.tp=4"], ["parallel.tp=2"], ["parallel.pp=2"], []):
-        other = plan_stage(
-            load("experiment=smoke_fp32", "training.precision=bf16", *overrides), "main", H100, 4
-        )
-        assert other.time is not None
-        assert other.time.tokens_per_second <= best.time.tokens_per_second
+        other = load("experiment=smoke_fp32", "training.precision=bf16", *overrides)
+        seconds = plan_run(other, H100, 4).timed().seconds
+        assert seconds is not None
+        assert seconds >= best.seconds
+
+
+def test_what_the_search_proposes_serves_every_stage() -> None:
+    """Eight ranks would share out the rows of the 8k stage, but not those of the 128k one."""
+    config = load("experiment=curriculum_tiny", "training.microbatch_rows=1")
+    rows = [stage.rows_per_step for stage in config.stages.values()]
+    found = search(config, H100, rows[0], 1000)
+    assert rows[0] > rows[-1]
+    dps = {run.first.layout.dp for run in found.best}
+    assert dps
+    assert max(dps) <= rows[-1]
+    assert all(len(run.stages) == len(rows) for run in found.best)
+
+
+def test_the_search_says_what_of_the_run_it_replaces() -> None:
+    config = load(
+        "experiment=smoke", "plan.search=true", "plan.num_devices=1", "parallel.tp=3",
+        "parallel.schedule=gpipe", "parallel.vocab_multiple=4", "training.recompute=selective",
+        "training.recompute_modules=[linear]", "training.max_steps=3",
+    )  # fmt: skip
+    lines, record = _searched(config, H100)
+    (line,) = (line for line in lines if "replaces" in line)
+    assert record["replaced"][:2] == ["parallel.tp (3)", "parallel.schedule (gpipe)"]
+    for key in ("recompute (selective)", "recompute_modules", "microbatch_rows (4)"):
+        assert f"training.{key}" in line
+    assert "vocab_multiple" not in line
+    assert "max_steps" not in line
+
+
+def test_a_search_without_a_fitting_layout_still_says_what_was_planned() -> None:
+    config = load(
+        "experiment=smoke", "model=spikingbrain_7b", "plan.search=true", "plan.num_devices=1",
+        "optimizer.freeze=[embedding.weight]",
+    )  # fmt: skip
+    lines, record = _searched(config, H100)
+    text = "\n".join(lines)
+    assert "7,616,542,976 parameters" in lines[0]
+    assert "counted as if every parameter were trained" in text
+    assert "0 fastest of" in text
+    assert "needs more than the usable 72 GiB" in text
+    assert record["best"] == []
+    assert len(record["left_out"]) == 1
+
+
+def test_every_stage_runs_on_the_cut_that_the_run_makes() -> None:
+    """A run is cut once, by its first stage; by 128k rows full attention would be cut elsewhere."""
+    overrides = ("experiment=cpt_7b", "model=qwen2_5_7b", "parallel.pp=4")
+    run = plan_run(load(*overrides), H100, 8)
+    alone = plan_run(load(*overrides, "~stages.cpt_8k", "~stages.cpt_32k"), H100, 8)
+    layers = [[stage.first_layer for stage in each.given.stages] for each in run.stages]
+    assert layers[0] == layers[1] == layers[2]
+    assert [stage.first_layer for stage in alone.first.given.stages] != layers[0]
+    held = [[rank.parameters for rank in each.memory] for each in run.stages]
+    assert held[0] == held[1] == held[2]
 
 
 def test_copies_of_shards_stay_within_a_node() -> None:
@@ -210,6 +264,9 @@ def test_the_command_writes_json_and_exits_with_a_status(tmp_path: Path) -> None
     record = json.loads(out.read_text())
     assert record["device"]["name"] == "h100"
     assert record["stages"][0]["fits"] is True
+    refused = run("experiment=smoke", f"out={tmp_path}")
+    assert refused.returncode == 1
+    assert f"error: out ({tmp_path}) must be a file: got a folder." in refused.stderr
     refused = run("experiment=smoke", "parallel.tp=3")
     assert refused.returncode == 1
     assert "error: parallel.tp (3) must divide" in refused.stderr

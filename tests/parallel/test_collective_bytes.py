@@ -42,6 +42,10 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
         (job_of(), ParallelConfig(pp=2)),
         (job_of(), ParallelConfig(pp=2, schedule=PipelineSchedule.zero_bubble)),
         (job_of(model={"tie_word_embeddings": True}), ParallelConfig(pp=2)),
+        (
+            job_of(model={"tie_word_embeddings": True}, frozen=frozenset({"embedding.weight"})),
+            ParallelConfig(pp=2),
+        ),
     ],
     4: [
         (job_of(), ParallelConfig(dp_replicate=2, dp_shard=2)),
@@ -54,6 +58,8 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
                 sequence_parallel=True,
             ),
         ),
+        # The second shard holds one row less.
+        (job_of(model={"tie_word_embeddings": True}), ParallelConfig(pp=2)),
     ],
 }  # fmt: skip
 

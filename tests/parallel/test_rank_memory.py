@@ -45,6 +45,11 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
         ),
         (job_of(model={"tie_word_embeddings": True, "mixers": "S F _ L"}), ParallelConfig()),
         (job_of(frozen=frozenset({"embedding.weight"})), ParallelConfig()),
+        # As in a real model, the product for the head's gradient outweighs a chunk of logits.
+        (
+            job_of(precision=Precision.bf16, loss_chunk_tokens=16, model={"vocab_size": 4000}),
+            ParallelConfig(),
+        ),
     ],
     2: [
         (job_of(), ParallelConfig(shard=Shard.parameters)),
@@ -56,6 +61,12 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
         (job_of(), ParallelConfig(pp=2, schedule=PipelineSchedule.gpipe)),
         (MANY, ParallelConfig(pp=2, schedule=PipelineSchedule.interleaved)),
         (job_of(), ParallelConfig(pp=2, schedule=PipelineSchedule.zero_bubble)),
+        (
+            job_of(
+                model={"tie_word_embeddings": True}, frozen=frozenset({"embedding.weight"}),
+            ),
+            ParallelConfig(pp=2),
+        ),
     ],
 }  # fmt: skip
 
