@@ -12,7 +12,6 @@ from models.config import ModelConfig
 from training.config import RunConfig
 from training.run import run
 
-
 REQUIRED = frozenset(
     each.name
     for each in fields(ModelConfig)
