@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import TypeAdapter
 
-from launch import bench_device_suites, bench_suites
+from launch import bench_checkpoint, bench_device_suites, bench_parallel, bench_suites
 from launch.bench_rows import Row, Setting
 from launch.compose import command
 from models.config import ModelConfig
@@ -36,6 +36,8 @@ SUITES: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "ceilings": bench_device_suites.ceilings,
     "neuron": bench_device_suites.neuron,
     "block": bench_device_suites.block,
+    "parallel": bench_parallel.parallel,
+    "checkpoint": bench_checkpoint.checkpoint,
 }
 
 
@@ -52,6 +54,8 @@ class Suite(Enum):
     ceilings = "ceilings"
     neuron = "neuron"
     block = "block"
+    parallel = "parallel"
+    checkpoint = "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,13 +93,16 @@ def main(config: BenchConfig) -> None:
     """Measure kernels, training steps, prefill and decode beside a baseline in the same run.
 
     `model=NAME` with `precision`, `short_tokens` and `long_tokens` takes the sizes of any preset;
-    ceilings, neuron and block hold the parts of a step against what the device does at best.
+    ceilings, neuron and block hold the parts of a step against what the device does at best,
+    parallel each layout of 2 and 4 ranks against one process, and what it sends against the plan,
+    checkpoint saves beside training against saves that hold it.
 
     Rows are name, ours, baseline, ratio (ours / baseline), unit, goal (the largest ratio that is
     good enough) and met. Pairs run in turn; figures are medians.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    logging.getLogger("training").setLevel(logging.WARNING)
     backend = detect(config.backend)
     setting = Setting(
         backend=backend, device=backend.device(0), model=config.model,

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -35,6 +36,8 @@ class Setting:
 class Row:
     """One comparison; `goal` is the largest good ratio. None where there is no such figure."""
 
+    SIGN: ClassVar[str] = "<= "
+
     name: str
     ours: float
     baseline: float | None
@@ -50,7 +53,7 @@ class Row:
     def line(self) -> str:
         """One log line."""
         verdict = {None: "", True: "met", False: "MISSED"}[self.met]
-        goal = "" if self.goal is None else f"  goal <= {self.goal:g}: {verdict}"
+        goal = "" if self.goal is None else f"  goal {self.SIGN}{self.goal:g}: {verdict}"
         baseline, ratio = _figure(self.baseline, ".4g"), _figure(self.ratio, ".3f")
         return f"{self.name:<52} {self.ours:10.4g} {baseline:>10} {self.unit:<8} {ratio:>8}{goal}"
 
@@ -62,6 +65,18 @@ class Row:
             f"| {self.name} | {self.ours:.4g} {self.unit} | {baseline} | "
             f"{_figure(self.ratio, '.3f')} | {_figure(self.goal, 'g')} | {verdict} |"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ExactRow(Row):
+    """A comparison whose goal is the one good ratio."""
+
+    SIGN: ClassVar[str] = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the ratio is the goal; None without one."""
+        return None if self.goal is None or self.ratio is None else self.ratio == self.goal
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -1,0 +1,147 @@
+"""What each rank of `launch.bench suite=parallel` does: steps of every layout, and their bytes.
+
+One process is rank 0 alone on all threads while the others wait, in turn with the layout's steps.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from launch.bench_engine import STAGE, EngineRun, run_config
+from launch.bench_rows import ExactRow, Row, Setting, compare
+from parallel.collective_bytes import Kind, step_traffic
+from parallel.collective_count import CollectiveCount
+from parallel.config import ParallelConfig, PipelineSchedule, Shard
+from parallel.mesh import Mesh, first_alone, init
+from parallel.planned import Assignment, Job, Layout
+from training.config import RunConfig
+from training.layout import cut_stages
+from training.recomputation import recomputation
+
+logger = logging.getLogger(__name__)
+
+LAYOUTS: Mapping[int, Mapping[str, ParallelConfig]] = {
+    2: {
+        "tp 2": ParallelConfig(tp=2),
+        "tp 2, sequence parallel": ParallelConfig(tp=2, sequence_parallel=True),
+        "pp 2, one_f_one_b": ParallelConfig(pp=2),
+        "pp 2, interleaved": ParallelConfig(pp=2, schedule=PipelineSchedule.interleaved),
+        "pp 2, zero_bubble": ParallelConfig(pp=2, schedule=PipelineSchedule.zero_bubble),
+        "dp 2, replicated": ParallelConfig(shard=Shard.none),
+        "dp 2, gradients sharded": ParallelConfig(shard=Shard.gradients),
+        "dp 2, parameters sharded": ParallelConfig(shard=Shard.parameters),
+    },
+    4: {
+        "tp 2 x pp 2": ParallelConfig(tp=2, pp=2),
+        "tp 2 x dp 2": ParallelConfig(tp=2),
+        "pp 2 x dp 2": ParallelConfig(pp=2),
+        "tp 4": ParallelConfig(tp=4),
+        "dp 4": ParallelConfig(),
+        "pp 4": ParallelConfig(pp=4),
+    },
+}
+"""Layouts by number of ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankJob:
+    """Layouts to measure on the ranks of one start; all of them share `num_threads`."""
+
+    setting: Setting
+    layouts: Mapping[str, ParallelConfig]
+    num_threads: int
+
+
+def measure(job: RankJob) -> Iterator[Row]:
+    """Rows of every layout; collective. Times are those that rank 0 sees."""
+    world = init(job.setting.backend, ParallelConfig())
+    setting = replace(job.setting, device=world.device)
+    beside = first_alone(world)
+    baseline = None
+    if beside is not None:
+        config = run_config(setting, ParallelConfig())
+        baseline = EngineRun.start(config, setting, beside)
+    for name, parallel in job.layouts.items():
+        logger.info("%s ...", name)
+        config = run_config(setting, parallel)
+        mesh = init(setting.backend, parallel)
+        ours = EngineRun.start(config, setting, mesh)
+        yield _time(name, _Turns(ours, baseline, world, job.num_threads), setting)
+        yield from _bytes(name, ours, config, mesh)
+        del ours
+        gc.collect()
+
+
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """Steps of a layout and of one process; each turn ends with all ranks waiting for it."""
+
+    ours: EngineRun
+    baseline: EngineRun | None
+    world: Mesh
+    num_threads: int
+
+    def layout(self) -> None:
+        torch.set_num_threads(max(1, self.num_threads // self.world.size))
+        self.ours.step()
+        self.world.barrier()
+
+    def alone(self) -> None:
+        if self.baseline is not None:
+            torch.set_num_threads(self.num_threads)
+            self.baseline.step()
+        self.world.barrier()
+
+
+def _time(name: str, turns: _Turns, setting: Setting) -> Row:
+    label = f"{name}: step of {turns.ours.num_targets} tokens vs one process"
+    return compare(label, turns.layout, turns.alone, setting, unit="ms")
+
+
+def _bytes(name: str, run: EngineRun, config: RunConfig, mesh: Mesh) -> Iterator[Row]:
+    """Sizes of a step's collectives, summed over ranks: counted beside the planner's formula."""
+    with CollectiveCount() as count:
+        run.step()
+    formula: Counter[str] = Counter()
+    for each in step_traffic(assignment(config, mesh), mesh.pp_rank):
+        formula[each.kind.value] += each.size
+    counted, planned = Counter[str](), Counter[str]()
+    for of_rank in mesh.gather((dict(count.bytes), dict(formula))):
+        counted.update(of_rank[0])
+        planned.update(of_rank[1])
+    for kind in (kind.value for kind in Kind):
+        ours, baseline = counted[kind], planned[kind]
+        if ours or baseline:
+            # A collective that the formula does not know is never within the goal.
+            ratio = ours / baseline if baseline else float(1 + ours)
+            label = f"{name}: {kind} bytes vs formula"
+            yield ExactRow(label, ours, baseline, ratio, "bytes", 1.0)
+
+
+def assignment(config: RunConfig, mesh: Mesh) -> Assignment:
+    """What the planner says about this rank of a run."""
+    stage, training = config.stages[STAGE], config.training
+    job = Job(
+        model=config.model,
+        spiking=config.spiking,
+        precision=training.precision,
+        length=stage.sequence_length,
+        rows=stage.rows_per_step,
+        microbatch_rows=training.microbatch_rows,
+        recompute=recomputation(training, config.model, cut_stages(config)),
+        loss_chunk_tokens=training.loss_chunk_tokens,
+    )
+    layout = Layout(
+        parallel=config.parallel,
+        pp=mesh.pp_size,
+        dp_replicate=mesh.dp_size // mesh.shard_size,
+        dp_shard=mesh.shard_size,
+        tp=mesh.tp_size,
+    )
+    return Assignment.of(job, layout, shard_rank=mesh.place_of(mesh.rank).dp_shard)
