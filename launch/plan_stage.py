@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from models.layouts import parameter_layouts
-from parallel.axes import axis_sizes
 from parallel.backend.devices import Device
 from parallel.collective_bytes import Traffic, step_traffic
 from parallel.config import ParallelConfig, Precision
 from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import RankMemory, rank_memory
 from parallel.roofline import StepTime, step_time
-from training.config import OptimizerName, RunConfig
-from training.layout import check_layout, cut_stages
-from training.optimizer import frozen_names
-from training.recomputation import recomputation
+from training.config import RunConfig
+from training.layout import check_layout
+from training.planned_job import planned_job
 from training.stages import build_plan
 
 USABLE_MEMORY = 0.9
@@ -80,12 +77,10 @@ def plan_stage(
         ValueError: a layout that cannot run, as `launch.train` would refuse it.
     """
     alone = replace(config, stages={name: config.stages[name]})
-    pp, dp_replicate, dp_shard, tp = axis_sizes(config.parallel, num_devices)
-    layout = Layout(
-        parallel=config.parallel, pp=pp, dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp
-    )
+    layout = Layout.of(config.parallel, num_devices)
     check_layout(alone, build_plan(alone), dp_size=layout.dp)
-    given = Assignment.of(job_of(alone, name, device), layout)
+    kernels = _kernels(device, config.training.precision)
+    given = Assignment.of(planned_job(alone, name, kernels=kernels), layout)
     planned = PlannedStage(
         name=name,
         given=given,
@@ -99,25 +94,6 @@ def plan_stage(
     traffic = tuple(tuple(step_traffic(given, rank)) for rank in range(layout.pp))
     time = step_time(given, device, planned.memory, traffic)
     return replace(planned, traffic=traffic, time=time)
-
-
-def job_of(config: RunConfig, name: str, device: Device) -> Job:
-    """What a curriculum stage trains, with the kernels that it gets."""
-    stage, training = config.stages[name], config.training
-    names = list(parameter_layouts(config.model))
-    return Job(
-        model=config.model,
-        spiking=config.spiking,
-        precision=training.precision,
-        length=stage.sequence_length,
-        rows=stage.rows_per_step,
-        microbatch_rows=training.microbatch_rows,
-        recompute=recomputation(training, config.model, cut_stages(config)),
-        loss_chunk_tokens=training.loss_chunk_tokens,
-        frozen=frozen_names(names, config.optimizer.freeze),
-        has_moments=config.optimizer.name is OptimizerName.adamw,
-        kernels=_kernels(device, training.precision),
-    )
 
 
 def _kernels(device: Device, precision: Precision) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from launch.plan_search import Found
 from launch.plan_stage import PlannedStage
@@ -10,13 +10,10 @@ from models.cost import parameter_count
 from parallel.collective_bytes import Traffic
 from parallel.config import Recompute
 from parallel.roofline import EFFICIENCY
+from training.layout_table import Row, aligned, rank_table
 
 GIB = 2**30
-MEMORY_COLUMNS = (
-    "weights", "gradients", "optimizer", "activations", "logits", "neurons", "buffers", "peak",
-)  # fmt: skip
 MOST_REASONS = 8
-Row = tuple[str, ...]
 
 
 def stage_lines(planned: PlannedStage) -> Iterator[str]:
@@ -29,7 +26,8 @@ def stage_lines(planned: PlannedStage) -> Iterator[str]:
     )
     yield f"  {describe(planned)}"
     yield ""
-    yield from _indented(_memory(planned))
+    stages, ranks_each = planned.given.stages, layout.dp * layout.tp
+    yield from _indented(rank_table(stages, planned.memory, ranks_each=ranks_each))
     verdict = "fits" if planned.fits else "does NOT fit"
     yield (
         f"  {verdict}: {planned.peak_bytes / GIB:.2f} GiB at the peak of the fullest rank, "
@@ -71,7 +69,7 @@ def found_lines(found: Found, name: str) -> Iterator[str]:
                 f"{rate / devices:,.0f}", f"{time.mfu:.1%}",
             )  # fmt: skip
         rows.append((describe(planned), f"{planned.peak_bytes / GIB:.1f}", *numbers))
-    yield from _indented(_table(rows))
+    yield from aligned(rows)
     if found.refused:
         yield f"  {sum(count for _, count in found.refused)} refused:"
     for reason, count in found.refused[:MOST_REASONS]:
@@ -103,30 +101,13 @@ def header_lines(planned: PlannedStage) -> Iterator[str]:
     )
 
 
-def _memory(planned: PlannedStage) -> Iterator[str]:
-    """One row a pp coordinate."""
-    yield "memory of a rank, GiB (peak: the most at once, gathered parameters included)"
-    rows: list[Row] = [("pp rank", "layers", "in flight", "parameters", *MEMORY_COLUMNS)]
-    for memory in planned.memory:
-        cuts = [stage for stage in planned.given.stages if stage.pp_rank == memory.pp_rank]
-        layers = " ".join(_layers(cut.first_layer, cut.end_layer) for cut in cuts)
-        ends = " + embedding" * any(c.has_embedding for c in cuts)
-        ends += " + head" * any(c.has_head for c in cuts)
-        numbers = [f"{getattr(memory, column) / GIB:.2f}" for column in MEMORY_COLUMNS]
-        in_flight = " ".join(str(count) for count in memory.in_flight.values())
-        rows.append(
-            (str(memory.pp_rank), layers + ends, in_flight, f"{memory.parameters:,}", *numbers)
-        )
-    yield from _table(rows)
-
-
 def _communication(planned: PlannedStage) -> Iterator[str]:
     """Of the rank that moves most."""
     traffic = max(planned.traffic, key=lambda each: sum(part.size for part in each))
     yield "communication of a rank in a step (whole tensors; the rank that moves most)"
     rows: list[Row] = [("of", "collective", "axis", "calls", "GiB")]
     rows += [_traffic_row(each) for each in traffic]
-    yield from _table(rows)
+    yield from aligned(rows)
 
 
 def _traffic_row(each: Traffic) -> Row:
@@ -169,24 +150,6 @@ def _recompute(planned: PlannedStage) -> str:
 
 def _rows(count: int) -> str:
     return f"{count} row{'s' if count > 1 else ''}"
-
-
-def _layers(first: int, end: int) -> str:
-    return "none" if first == end else f"{first}-{end - 1}"
-
-
-def _table(rows: Sequence[Row]) -> Iterator[str]:
-    """Columns aligned: the first to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if index < _LEFT else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
-
-
-_LEFT = 1
 
 
 def _indented(lines: Iterator[str]) -> Iterator[str]:

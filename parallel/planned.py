@@ -12,6 +12,7 @@ from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.head_memory import embedding_footprint, head_footprint
 from models.memory_tape import Footprint
 from models.recomputation import NOTHING, Recomputation
+from parallel.axes import axis_sizes
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.fully_sharded import compute_dtype, master_dtype
 from parallel.memory_replay import StageBytes
@@ -76,6 +77,16 @@ class Layout:
     dp_replicate: int
     dp_shard: int
     tp: int
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, num_devices: int) -> Layout:
+        """The axes of so many ranks.
+
+        Raises:
+            ValueError: axes whose product is another number.
+        """
+        pp, dp_replicate, dp_shard, tp = axis_sizes(parallel, num_devices)
+        return cls(parallel=parallel, pp=pp, dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp)
 
     @property
     def dp(self) -> int:

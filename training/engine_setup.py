@@ -13,7 +13,8 @@ from parallel.engine import TorchEngine
 from parallel.engine_protocol import ParamGroup
 from parallel.mesh import Mesh
 from training.config import RunConfig
-from training.layout import cut_stages, ineffective_options, layout_lines
+from training.layout import cut_stages, ineffective_options
+from training.layout_table import layout_lines
 from training.metrics import Throughput
 from training.optimizer import build_groups
 from training.origin import Origin
@@ -83,8 +84,11 @@ def describe(config: RunConfig, backend: Backend, mesh: Mesh) -> None:
     """Log what will be trained, on what."""
     for line in backend.explain():
         logger.info("%s", line)
-    for line in layout_lines(config, mesh, cut_stages(config)):
-        logger.info("%s", line)
+    names = backend.kernels().names
+    if mesh.is_main:
+        kernels = (names["linear_attention"], names["softmax_attention"])
+        for line in layout_lines(config, mesh, kernels=kernels):
+            logger.info("%s", line)
     for line in ineffective_options(config.parallel):
         logger.warning("%s", line)
 

@@ -1,13 +1,11 @@
-"""What a layout asks of a run, checked before anything is loaded, and how it is shown.
+"""What a layout asks of a run, checked before anything is loaded.
 
 Owns no mechanism: what divides what, and which combinations no engine can run.
 """
 
 from __future__ import annotations
 
-from models.cost import parameter_count
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
-from parallel.mesh import Mesh
 from parallel.pipeline_cut import StageCut, check_microbatches, cut
 from parallel.split_backward import check_split_backward
 from parallel.tensor_parallel import check_sequence_length, check_tensor_parallel
@@ -62,32 +60,5 @@ def ineffective_options(parallel: ParallelConfig) -> list[str]:
         lines.append(
             "parallel.shard (parameters) acts as gradients for parallel.schedule zero_bubble: its "
             "split backward needs parameters that stay gathered."
-        )
-    return lines
-
-
-def layout_lines(config: RunConfig, mesh: Mesh, stages: tuple[StageCut, ...]) -> list[str]:
-    """The layout as a small table: axes with their sizes, then the stages."""
-    parallel = config.parallel
-    copies = mesh.dp_size // mesh.shard_size
-    ranks = "1 rank" if mesh.size == 1 else f"{mesh.size} ranks"
-    split = " (sequence parallel)" if parallel.sequence_parallel else ""
-    lines = [
-        f"{config.model.layers.describe()} | {parameter_count(config.model):,} parameters | "
-        f"{config.training.precision.value}",
-        f"{ranks} = pp {mesh.pp_size} x dp {mesh.dp_size} x tp {mesh.tp_size}{split}, "
-        f"dp = {copies} x {mesh.shard_size} shards ({parallel.shard.value})",
-    ]
-    if mesh.pp_size == 1:
-        return lines
-    total = sum(stage.cost for stage in stages)
-    lines.append(f"schedule {parallel.schedule.value}, {len(stages)} stages:")
-    for stage in stages:
-        extra = " + embedding" * stage.has_embedding + " + head" * stage.has_head
-        count = stage.end_layer - stage.first_layer
-        layers = f"layers {stage.first_layer}-{stage.end_layer - 1} ({count})"
-        lines.append(
-            f"  stage {stage.index} on pp rank {stage.pp_rank}: "
-            f"{layers if count else 'no layers'}{extra}, {stage.cost / total:.0%} of the work"
         )
     return lines

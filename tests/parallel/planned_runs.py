@@ -51,10 +51,7 @@ class RealRun:
     def start(cls, job: Job, parallel: ParallelConfig) -> RealRun:
         alone = None if torch.distributed.is_initialized() else {}
         mesh = init(CpuBackend(), parallel, environment=alone)
-        layout = Layout(
-            parallel=parallel, pp=mesh.pp_size, dp_replicate=mesh.dp_size // mesh.shard_size,
-            dp_shard=mesh.shard_size, tp=mesh.tp_size,
-        )  # fmt: skip
+        layout = Layout.of(parallel, mesh.size)
         trained = [name for name in parameter_layouts(job.model) if name not in job.frozen]
         engine = TorchEngine(
             job.model,

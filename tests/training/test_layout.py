@@ -12,7 +12,7 @@ from tests.support.fake_ranks import fake_mesh
 from tests.training.tiny_run import tiny_run
 from training.config import RunConfig
 from training.engine_setup import describe
-from training.layout import check_layout, cut_stages, ineffective_options, layout_lines
+from training.layout import check_layout, ineffective_options
 from training.stages import build_plan
 
 FOUR_LAYERS = {"mixers": "L S F L", "ffns": "d*4"}
@@ -110,33 +110,6 @@ def test_a_layout_that_cannot_run_is_refused(
 )
 def test_a_layout_that_fits_passes(changes: dict[str, Any], dp_size: int) -> None:
     check(config_with(**changes), dp_size=dp_size)
-
-
-def test_the_table_of_a_pipeline() -> None:
-    layout = {"pp": 2, "tp": 2, "sequence_parallel": True, "dp_replicate": 2,
-              "schedule": "interleaved", "stage_layers": [1, 1, 2, 0]}  # fmt: skip
-    config = config_with(parallel=layout)
-    with fake_mesh(config.parallel, rank=0, world_size=32) as mesh:
-        lines = layout_lines(config, mesh, cut_stages(config))
-    assert lines[0].endswith("parameters | fp32")
-    assert lines[1] == (
-        "32 ranks = pp 2 x dp 8 x tp 2 (sequence parallel), dp = 2 x 4 shards (gradients)"
-    )
-    assert lines[2] == "schedule interleaved, 4 stages:"
-    places = [line.strip().rpartition(", ")[0] for line in lines[3:]]
-    assert places == [
-        "stage 0 on pp rank 0: layers 0-0 (1) + embedding",
-        "stage 1 on pp rank 1: layers 1-1 (1)",
-        "stage 2 on pp rank 0: layers 2-3 (2)",
-        "stage 3 on pp rank 1: no layers + head",
-    ]
-
-
-def test_the_table_of_one_process() -> None:
-    config = config_with()
-    with fake_mesh(config.parallel, rank=0, world_size=1) as mesh:
-        lines = layout_lines(config, mesh, cut_stages(config))
-    assert lines[1:] == ["1 rank = pp 1 x dp 1 x tp 1, dp = 1 x 1 shards (gradients)"]
 
 
 @pytest.mark.parametrize(
