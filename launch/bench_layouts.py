@@ -6,7 +6,6 @@ One process is rank 0 alone on all threads while the others wait, in turn with t
 from __future__ import annotations
 
 import gc
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,13 +17,10 @@ from launch.bench_rows import ExactRow, Row, Setting, compare
 from parallel.collective_bytes import Kind, step_traffic
 from parallel.collective_count import CollectiveCount
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
-from parallel.mesh import Mesh, first_alone, init
-from parallel.planned import Assignment, Job, Layout
+from parallel.mesh import Mesh, close, first_alone, init
+from parallel.planned import Assignment, Layout
 from training.config import RunConfig
-from training.layout import cut_stages
-from training.recomputation import recomputation
-
-logger = logging.getLogger(__name__)
+from training.planned_job import planned_job
 
 LAYOUTS: Mapping[int, Mapping[str, ParallelConfig]] = {
     2: {
@@ -68,14 +64,14 @@ def measure(job: RankJob) -> Iterator[Row]:
         config = run_config(setting, ParallelConfig())
         baseline = EngineRun.start(config, setting, beside)
     for name, parallel in job.layouts.items():
-        logger.info("%s ...", name)
         config = run_config(setting, parallel)
         mesh = init(setting.backend, parallel)
-        ours = EngineRun.start(config, setting, mesh)
-        yield _time(name, _Turns(ours, baseline, world, job.num_threads), setting)
-        yield from _bytes(name, ours, config, mesh)
-        del ours
+        turns = _Turns(EngineRun.start(config, setting, mesh), baseline, world, job.num_threads)
+        yield _time(name, turns, setting)
+        yield from _bytes(name, turns, planned_traffic(config, setting, mesh))
+        del turns
         gc.collect()
+    close(world)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,44 +100,29 @@ def _time(name: str, turns: _Turns, setting: Setting) -> Row:
     return compare(label, turns.layout, turns.alone, setting, unit="ms")
 
 
-def _bytes(name: str, run: EngineRun, config: RunConfig, mesh: Mesh) -> Iterator[Row]:
-    """Sizes of a step's collectives, summed over ranks: counted beside the planner's formula."""
-    with CollectiveCount() as count:
-        run.step()
-    formula: Counter[str] = Counter()
-    for each in step_traffic(assignment(config, mesh), mesh.pp_rank):
+def planned_traffic(config: RunConfig, setting: Setting, mesh: Mesh) -> Counter[str]:
+    """Bytes of each kind of collective that the planner says this rank takes part in."""
+    names = setting.backend.kernels().names
+    kernels = (names["linear_attention"], names["softmax_attention"])
+    job = planned_job(config, STAGE, kernels=kernels)
+    layout = Layout.of(config.parallel, mesh.size)
+    given = Assignment.of(job, layout, shard_rank=mesh.place_of(mesh.rank).dp_shard)
+    formula = Counter[str]()
+    for each in step_traffic(given, mesh.pp_rank):
         formula[each.kind.value] += each.size
+    return formula
+
+
+def _bytes(name: str, turns: _Turns, formula: Counter[str]) -> Iterator[Row]:
+    """Sizes of a step's collectives, summed over ranks: counted beside the formula."""
+    with CollectiveCount() as count:
+        turns.ours.step()
     counted, planned = Counter[str](), Counter[str]()
-    for of_rank in mesh.gather((dict(count.bytes), dict(formula))):
+    for of_rank in turns.world.gather((dict(count.bytes), dict(formula))):
         counted.update(of_rank[0])
         planned.update(of_rank[1])
     for kind in (kind.value for kind in Kind):
         ours, baseline = counted[kind], planned[kind]
         if ours or baseline:
-            # A collective that the formula does not know is never within the goal.
-            ratio = ours / baseline if baseline else float(1 + ours)
-            label = f"{name}: {kind} bytes vs formula"
-            yield ExactRow(label, ours, baseline, ratio, "bytes", 1.0)
-
-
-def assignment(config: RunConfig, mesh: Mesh) -> Assignment:
-    """What the planner says about this rank of a run."""
-    stage, training = config.stages[STAGE], config.training
-    job = Job(
-        model=config.model,
-        spiking=config.spiking,
-        precision=training.precision,
-        length=stage.sequence_length,
-        rows=stage.rows_per_step,
-        microbatch_rows=training.microbatch_rows,
-        recompute=recomputation(training, config.model, cut_stages(config)),
-        loss_chunk_tokens=training.loss_chunk_tokens,
-    )
-    layout = Layout(
-        parallel=config.parallel,
-        pp=mesh.pp_size,
-        dp_replicate=mesh.dp_size // mesh.shard_size,
-        dp_shard=mesh.shard_size,
-        tp=mesh.tp_size,
-    )
-    return Assignment.of(job, layout, shard_rank=mesh.place_of(mesh.rank).dp_shard)
+            ratio = ours / baseline if baseline else None
+            yield ExactRow(f"{name}: {kind} bytes vs formula", ours, baseline, ratio, "bytes", 1.0)

@@ -1,34 +1,28 @@
-"""Rows of `launch.bench` about many ranks: layouts, started as a user starts them, by torchrun."""
+"""Rows of `launch.bench` about many ranks: the engine on one, then each layout of 2 and of 4."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-import pickle
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from launch.bench_engine import EngineRun, plain_step, run_config
-from launch.bench_layouts import LAYOUTS, RankJob
+from launch.bench_layouts import LAYOUTS, RankJob, measure
+from launch.bench_ranks import on_ranks
 from launch.bench_rows import Row, Setting, compare
 from models.config import ModelConfig
+from parallel.axes import axis_sizes
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig
-from parallel.mesh import axis_sizes, close, init
+from parallel.mesh import close, init
 from training.layout import check_layout
 from training.stages import build_plan
 
 logger = logging.getLogger(__name__)
 
-JOB, ROWS = "job.pickle", "rows.pickle"
-ROOT = Path(__file__).resolve().parents[1]
 ENGINE_GOAL = 1.05
 """On one process the engine may cost this much more than a loop without it."""
 
@@ -44,7 +38,8 @@ def parallel(setting: Setting) -> Iterator[Row]:
     for num_ranks, layouts in LAYOUTS.items():
         fitting = possible(setting, num_ranks, layouts)
         if fitting:
-            yield from start_ranks(RankJob(setting, fitting, torch.get_num_threads()), num_ranks)
+            job = RankJob(setting, fitting, torch.get_num_threads())
+            yield from on_ranks(measure, job, num_ranks)
 
 
 def engine_row(setting: Setting) -> Row:
@@ -78,11 +73,11 @@ def possible(
     setting: Setting, num_ranks: int, layouts: Mapping[str, ParallelConfig]
 ) -> dict[str, ParallelConfig]:
     """The layouts that this model and this machine can run; the others are named with a reason."""
-    devices = num_ranks
-    if not isinstance(setting.backend, CpuBackend):
-        devices = setting.backend.num_devices()
-    if devices < num_ranks:
-        logger.warning("%d ranks are left out: this machine has %d devices", num_ranks, devices)
+    if not isinstance(setting.backend, CpuBackend) and setting.backend.num_devices() < num_ranks:
+        logger.warning(
+            "left out, %d devices are fewer than %d ranks: %s",
+            setting.backend.num_devices(), num_ranks, "; ".join(layouts),
+        )  # fmt: skip
         return {}
     fitting = {}
     for name, layout in layouts.items():
@@ -91,31 +86,7 @@ def possible(
         try:
             check_layout(config, build_plan(config), dp_size=dp_replicate * dp_shard)
         except ValueError as error:
-            logger.warning("%s is left out: %s", name, error)
+            logger.warning("left out, %s: %s", name, error)
         else:
             fitting[name] = layout
     return fitting
-
-
-def start_ranks(job: RankJob, num_ranks: int) -> list[Row]:
-    """Run a job under torchrun and return its rows.
-
-    Raises:
-        RuntimeError: a rank failed; its own error has been printed.
-    """
-    with tempfile.TemporaryDirectory(prefix="synfire-bench-") as folder:
-        Path(folder, JOB).write_bytes(pickle.dumps(job))
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node", str(num_ranks), "-m", "launch.bench_ranks", folder,
-        ]  # fmt: skip
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-        status = subprocess.run(command, env=environment, check=False).returncode
-        if status:
-            raise RuntimeError(
-                f"torchrun ({num_ranks} ranks) must end with status 0: got {status}. The error of "
-                "the first rank that failed is above."
-            )
-        rows: list[Row] = pickle.loads(Path(folder, ROWS).read_bytes())
-    return rows

@@ -69,14 +69,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class ExactRow(Row):
-    """A comparison whose goal is the one good ratio."""
+    """A comparison of two counts that must be equal."""
 
     SIGN: ClassVar[str] = ""
 
     @property
     def met(self) -> bool | None:
-        """Whether the ratio is the goal; None without one."""
-        return None if self.goal is None or self.ratio is None else self.ratio == self.goal
+        """Whether both are the same, to the last one."""
+        return self.ours == self.baseline
 
 
 def _figure(value: float | None, form: str) -> str:
