@@ -28,9 +28,14 @@ LEARNING_RATE = 1e-4
 STAGE = "main"
 
 
-def run_config(setting: Setting, parallel: ParallelConfig) -> RunConfig:
-    """The run that is measured: `short_tokens` a step, spiking, AdamW with clipping."""
-    length = setting.short_tokens // ROWS
+def run_config(
+    setting: Setting, parallel: ParallelConfig, *, num_tokens: int | None = None
+) -> RunConfig:
+    """The run that is measured: `num_tokens` a step on all ranks, spiking, AdamW with clipping.
+
+    Tokens are those of the setting by default.
+    """
+    length = (num_tokens or setting.parallel_tokens) // ROWS
     precision = next(name for name, dtype in DTYPES.items() if dtype is setting.dtype)
     stage = StageConfig(
         sequence_length=length, steps=1, global_batch_tokens=ROWS * length, lr=LEARNING_RATE
@@ -105,15 +110,15 @@ def plain_step(config: RunConfig, setting: Setting) -> Callable[[], tuple[float,
     sequence = SequenceContext.one_document_per_row(1, tokens.shape[1], device=setting.device)
 
     def work() -> tuple[float, float]:
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=setting.device)
         for row, labels in rows:
             loss = model(row, sequence, labels=labels, spikes=SPIKES) / tokens.numel()
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         assert rule.clip_norm is not None
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), rule.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return total, norm.item()
+        return total.item(), norm.item()
 
     return work

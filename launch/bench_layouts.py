@@ -57,6 +57,7 @@ class RankJob:
 def measure(job: RankJob) -> Iterator[Row]:
     """Rows of every layout; collective. Times are those that rank 0 sees."""
     world = init(job.setting.backend, ParallelConfig())
+    torch.set_num_threads(max(1, job.num_threads // world.size))
     setting = replace(job.setting, device=world.device)
     beside = first_alone(world)
     baseline = None
@@ -84,14 +85,15 @@ class _Turns:
     num_threads: int
 
     def layout(self) -> None:
-        torch.set_num_threads(max(1, self.num_threads // self.world.size))
         self.ours.step()
         self.world.barrier()
 
     def alone(self) -> None:
         if self.baseline is not None:
+            share = torch.get_num_threads()
             torch.set_num_threads(self.num_threads)
             self.baseline.step()
+            torch.set_num_threads(share)
         self.world.barrier()
 
 

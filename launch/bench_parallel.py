@@ -46,7 +46,7 @@ def engine_row(setting: Setting) -> Row:
     """What the engine costs where there is nothing to share."""
     mesh = init(setting.backend, ParallelConfig(), environment={})
     try:
-        config = run_config(setting, ParallelConfig())
+        config = run_config(setting, ParallelConfig(), num_tokens=setting.short_tokens)
         run = EngineRun.start(config, setting, mesh)
         return compare(
             f"engine vs plain loop, one process, {run.num_targets} tokens",

@@ -27,6 +27,7 @@ class Setting:
     short_tokens: int
     long_tokens: int
     prefill_tokens: int
+    parallel_tokens: int
     recompute: bool
     repeats: int
     long_repeats: int
