@@ -67,16 +67,16 @@ def measure(job: RankJob) -> Iterator[Row]:
     for name, parallel in job.layouts.items():
         config = run_config(setting, parallel)
         mesh = init(setting.backend, parallel)
-        turns = _Turns(EngineRun.start(config, setting, mesh), baseline, world, job.num_threads)
+        turns = Turns(EngineRun.start(config, setting, mesh), baseline, world, job.num_threads)
         yield _time(name, turns, setting)
-        yield from _bytes(name, turns, planned_traffic(config, setting, mesh))
+        yield from bytes_rows(name, turns, planned_traffic(config, setting, mesh))
         del turns
         gc.collect()
     close(world)
 
 
 @dataclass(frozen=True, slots=True)
-class _Turns:
+class Turns:
     """Steps of a layout and of one process; each turn ends with all ranks waiting for it."""
 
     ours: EngineRun
@@ -85,10 +85,12 @@ class _Turns:
     num_threads: int
 
     def layout(self) -> None:
+        """A step of the layout."""
         self.ours.step()
         self.world.barrier()
 
     def alone(self) -> None:
+        """A step of rank 0 on all threads."""
         if self.baseline is not None:
             share = torch.get_num_threads()
             torch.set_num_threads(self.num_threads)
@@ -97,7 +99,7 @@ class _Turns:
         self.world.barrier()
 
 
-def _time(name: str, turns: _Turns, setting: Setting) -> Row:
+def _time(name: str, turns: Turns, setting: Setting) -> Row:
     label = f"{name}: step of {turns.ours.num_targets} tokens vs one process"
     return compare(label, turns.layout, turns.alone, setting, unit="ms")
 
@@ -115,7 +117,7 @@ def planned_traffic(config: RunConfig, setting: Setting, mesh: Mesh) -> Counter[
     return formula
 
 
-def _bytes(name: str, turns: _Turns, formula: Counter[str]) -> Iterator[Row]:
+def bytes_rows(name: str, turns: Turns, formula: Counter[str]) -> Iterator[Row]:
     """Sizes of a step's collectives, summed over ranks: counted beside the formula."""
     with CollectiveCount() as count:
         turns.ours.step()
