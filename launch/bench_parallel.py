@@ -30,8 +30,8 @@ ENGINE_GOAL = 1.05
 def parallel(setting: Setting) -> Iterator[Row]:
     """Each layout of 2 and 4 ranks against one process at the same total work, and its bytes.
 
-    Ranks share out the threads that one process has. Times are of a machine where all ranks share
-    the processor, unless it has a device for each; bytes are the same everywhere.
+    Ranks share out the threads that one process has, at least one each. Times are of ranks that
+    share the processor, unless each has a device; bytes are the same everywhere.
     """
     yield engine_row(setting)
     setting = replace(setting, model=with_heads_for(setting.model, max(LAYOUTS)))
