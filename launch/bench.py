@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import TypeAdapter
 
-from launch import bench_device_suites, bench_suites
+from launch import bench_checkpoint, bench_device_suites, bench_parallel, bench_suites
+from launch.bench_engine import ROWS
 from launch.bench_rows import Row, Setting
 from launch.compose import command
 from models.config import ModelConfig
@@ -36,6 +37,8 @@ SUITES: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "ceilings": bench_device_suites.ceilings,
     "neuron": bench_device_suites.neuron,
     "block": bench_device_suites.block,
+    "parallel": bench_parallel.parallel,
+    "checkpoint": bench_checkpoint.checkpoint,
 }
 
 
@@ -52,11 +55,16 @@ class Suite(Enum):
     ceilings = "ceilings"
     neuron = "neuron"
     block = "block"
+    parallel = "parallel"
+    checkpoint = "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
-    """Which rows, of which sizes, how often each pair is run, and where the JSON goes."""
+    """Which rows, of which sizes, how often each pair is run, and where the JSON goes.
+
+    `parallel_tokens` are those of a step on all ranks of suites parallel and checkpoint.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
@@ -67,6 +75,7 @@ class BenchConfig:
     short_tokens: int = 4096
     long_tokens: int = 16_384
     prefill_tokens: int = 32_768
+    parallel_tokens: int = 1024
     recompute: bool = False
     repeats: int = 5
     long_repeats: int = 1
@@ -77,6 +86,12 @@ class BenchConfig:
         for name in ("repeats", "long_repeats", "short_tokens", "prefill_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
+        if self.parallel_tokens < 1 or self.parallel_tokens % ROWS:
+            below = max(1, self.parallel_tokens // ROWS) * ROWS
+            raise ValueError(
+                f"parallel_tokens ({self.parallel_tokens}) must be a multiple of the rows of a "
+                f"step: got {ROWS}. Set it to {below}."
+            )
         if self.long_tokens <= self.short_tokens:
             raise ValueError(
                 f"long_tokens ({self.long_tokens}) must be above short_tokens: got "
@@ -89,19 +104,23 @@ def main(config: BenchConfig) -> None:
     """Measure kernels, training steps, prefill and decode beside a baseline in the same run.
 
     `model=NAME` with `precision`, `short_tokens` and `long_tokens` takes the sizes of any preset;
-    ceilings, neuron and block hold the parts of a step against what the device does at best.
+    ceilings, neuron and block hold the parts of a step against what the device does at best,
+    parallel each layout of 2 and 4 ranks against one process, and what it sends against the plan,
+    checkpoint saves beside training against saves that hold it, both in steps of `parallel_tokens`.
 
     Rows are name, ours, baseline, ratio (ours / baseline), unit, goal (the largest ratio that is
     good enough) and met. Pairs run in turn; figures are medians.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    logging.getLogger("training").setLevel(logging.WARNING)
     backend = detect(config.backend)
     setting = Setting(
         backend=backend, device=backend.device(0), model=config.model,
         dtype=DTYPES[config.precision], short_tokens=config.short_tokens,
         long_tokens=config.long_tokens, prefill_tokens=config.prefill_tokens,
-        recompute=config.recompute, repeats=config.repeats, long_repeats=config.long_repeats,
+        parallel_tokens=config.parallel_tokens, recompute=config.recompute,
+        repeats=config.repeats, long_repeats=config.long_repeats,
     )  # fmt: skip
     names = list(SUITES) if config.suite is Suite.all else [config.suite.value]
     rows: list[Row] = []

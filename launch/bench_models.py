@@ -40,10 +40,10 @@ def build(
 
 def to_compute_dtype(model: Model, dtype: torch.dtype) -> Model:
     """Cast to the dtype that training computes in: gates stay at least float32."""
-    if dtype.itemsize < torch.float32.itemsize:
-        for name, parameter in model.named_parameters():
-            if not FLOAT32_MODULES & set(name.split(".")):
-                parameter.data = parameter.data.to(dtype)
+    is_narrow = dtype.itemsize < torch.float32.itemsize
+    for name, parameter in model.named_parameters():
+        if not (is_narrow and FLOAT32_MODULES & set(name.split("."))):
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

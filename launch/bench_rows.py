@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -26,6 +27,7 @@ class Setting:
     short_tokens: int
     long_tokens: int
     prefill_tokens: int
+    parallel_tokens: int
     recompute: bool
     repeats: int
     long_repeats: int
@@ -34,6 +36,8 @@ class Setting:
 @dataclass(frozen=True, slots=True)
 class Row:
     """One comparison; `goal` is the largest good ratio. None where there is no such figure."""
+
+    SIGN: ClassVar[str] = "<= "
 
     name: str
     ours: float
@@ -50,7 +54,7 @@ class Row:
     def line(self) -> str:
         """One log line."""
         verdict = {None: "", True: "met", False: "MISSED"}[self.met]
-        goal = "" if self.goal is None else f"  goal <= {self.goal:g}: {verdict}"
+        goal = "" if self.goal is None else f"  goal {self.SIGN}{self.goal:g}: {verdict}"
         baseline, ratio = _figure(self.baseline, ".4g"), _figure(self.ratio, ".3f")
         return f"{self.name:<52} {self.ours:10.4g} {baseline:>10} {self.unit:<8} {ratio:>8}{goal}"
 
@@ -62,6 +66,18 @@ class Row:
             f"| {self.name} | {self.ours:.4g} {self.unit} | {baseline} | "
             f"{_figure(self.ratio, '.3f')} | {_figure(self.goal, 'g')} | {verdict} |"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ExactRow(Row):
+    """A comparison of two counts that must be equal."""
+
+    SIGN: ClassVar[str] = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether both are the same, to the last one."""
+        return self.ours == self.baseline
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -74,7 +74,10 @@ def shard_model(
     # The root's parameters are needed by the first step of the backward pass: keep them gathered.
     fully_shard(model, mp_policy=rest, **kept)
     for unit in units(model):
-        unit.set_gradient_divide_factor(1.0)
+        # With one rank the sum is the mean, and a factor makes FSDP2 divide every gradient into
+        # another buffer.
+        if mesh.dp_size > 1:
+            unit.set_gradient_divide_factor(1.0)
         # Without it gloo is asked for a reduction that it does not have (float32 and bfloat16).
         unit.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "token_losses")

@@ -216,6 +216,16 @@ def init(
     )  # fmt: skip
 
 
+def first_alone(world: Mesh) -> Mesh | None:
+    """A mesh of rank 0 alone beside a larger one, None on the other ranks. Collective."""
+    group = dist.new_group([0])
+    only_rank_0 = torch.zeros((1,) * len(AXES), dtype=torch.int)
+    device_mesh = DeviceMesh(world.device_mesh.device_type, only_rank_0, mesh_dim_names=AXES)
+    if not world.is_main:
+        return None
+    return replace(world, size=1, device_mesh=device_mesh, group=group, owns_process_group=False)
+
+
 def close(mesh: Mesh) -> None:
     """Leave the process group that `init` made; call it once, when all ranks are done."""
     if mesh.owns_process_group and dist.is_initialized():

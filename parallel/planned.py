@@ -174,6 +174,7 @@ class Assignment:
             dp_shard=self.layout.dp_shard,
             shard=self.layout.shard,
             is_pipelined=is_pipelined,
+            divides_apart=self.layout.dp_shard == 1 and self.layout.dp > 1,
             keeps_sent=is_pipelined and self.layout.parallel.schedule not in ONE_STAGE_A_RANK,
         )
 

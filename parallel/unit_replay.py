@@ -20,7 +20,8 @@ class Rules:
 
     `is_pipelined`: torch's pipelining reduces gradients once, after a stage's last backward, and
     keeps parameters gathered until then. `keeps_sent`: its schedules of several stages a rank wait
-    for what they send at the end of the step only, and hold it until then.
+    for what they send at the end of the step only, and hold it until then. `divides_apart`: FSDP2
+    divides by `set_gradient_divide_factor` in another buffer where a copy has one shard.
     """
 
     master: int
@@ -29,6 +30,7 @@ class Rules:
     shard: Shard
     is_pipelined: bool
     keeps_sent: bool = False
+    divides_apart: bool = False
 
 
 @dataclass(slots=True)
@@ -149,7 +151,7 @@ class UnitReplay:
             ledger.add(-self.gradients.pop(unit))
             shard = unit.trained.shard * self.rules.master
             ledger.add(shard)
-            if self.rules.dp_shard == 1:
+            if self.rules.divides_apart:
                 ledger.touch(self.reduce_input)
             if unit in self.reduced:
                 ledger.add(-shard)

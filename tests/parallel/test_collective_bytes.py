@@ -11,10 +11,10 @@ import pytest
 from models.config import NeuronKind, SpikingConfig, ThresholdGrad
 from models.recomputation import Recomputation
 from parallel.collective_bytes import Kind, Traffic, step_traffic
+from parallel.collective_count import CollectiveCount
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.planned import Job
 from tests.parallel.planned_runs import SPIKING, RealRun, job_of
-from tests.support.collectives import CollectiveCount
 from tests.support.distributed import run_ranks
 
 TRAINED_THRESHOLDS = SpikingConfig(neuron=NeuronKind.adaptive, threshold_grad=ThresholdGrad.through)

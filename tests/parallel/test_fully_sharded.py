@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import TorchEngine
-from parallel.mesh import Mesh, init
+from parallel.mesh import Mesh, close, init
 from tests.parallel.engine_cases import LEVELS, ROWS, Case, build_engine, train_step
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
@@ -43,7 +43,7 @@ def dtypes_inside_forward(engine: TorchEngine, case: Case) -> dict[str, torch.dt
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what FSDP asks of the process group."""
+    """Counts what FSDP asks of the process group, and divisions of a whole unit's gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,6 +52,8 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self.counts[func._opname] += 1
+        if func._opname == "div" and args[0].ndim == 1 and not isinstance(args[1], Tensor):
+            self.counts["div"] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -124,6 +126,14 @@ def test_gradients_are_reduced_once_a_step(levels: dict[str, Any]) -> None:
     assert (one["_reduce_scatter_base_"], two["_reduce_scatter_base_"]) == (units, 2 * units)
     # Forward and backward of each block, and once of the root, which stays gathered in between.
     assert (one["_allgather_base_"], two["_allgather_base_"]) == (2 * units - 1, 4 * units - 2)
+
+
+def test_one_process_pays_for_no_mean() -> None:
+    mesh = init(CpuBackend(), ParallelConfig(), environment={})
+    try:
+        assert not collectives_of(mesh, Case())
+    finally:
+        close(mesh)
 
 
 FLOAT32 = ("norm.weight", "gate_down.weight", "gate_up.weight", "gate_up.bias")

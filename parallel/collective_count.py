@@ -21,7 +21,7 @@ _OPERATORS = {
 }
 
 
-class CollectiveCount(TorchDispatchMode):
+class CollectiveCount(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     """Calls and bytes of each collective on tensors while it is active.
 
     Sizes are those of whole tensors. What ranks tell each other by `all_gather` of small tensors or
@@ -29,7 +29,7 @@ class CollectiveCount(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
