@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,19 @@ from parallel.boxes import Box
 from parallel.checkpoint import load, read_manifest, save, tensor_shapes
 from parallel.config import Shard
 from parallel.engine import TorchEngine
-from parallel.mesh import init
+from parallel.mesh import Mesh, init
 from tests.parallel.engine_cases import (
+    LEARNING_RATE,
+    ROWS,
     STEPS,
     Case,
     Run,
     build_engine,
     config_of,
     gather,
-    oracle,
-    train,
+    train_step,
 )
+from tests.parallel.engine_oracle import oracle
 from tests.parallel.test_layout_matrix import EIGHT, FOUR, GRADIENT, LOSS, TWO, case
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
@@ -82,10 +84,24 @@ def others(name: str) -> list[str]:
     return [other for other in CASES if other != name and CASES[other].tied == CASES[name].tied]
 
 
-def drawn() -> dict[str, list[str]]:
+@functools.cache
+def drawn() -> dict[str, str]:
     """One other layout for each, from a seed."""
     generator = random.Random(DRAWN_FROM)
-    return {name: [generator.choice(others(name))] for name in CASES}
+    return {name: generator.choice(others(name)) for name in CASES}
+
+
+def shortest(each: Case, mesh: Mesh) -> Case:
+    """One microbatch a stage: how many there are costs time, and the matrix has other numbers."""
+    return replace(each, microbatch_rows=ROWS // mesh.dp_size // mesh.pp_size)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Of consecutive steps."""
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,8 @@ class Resumed:
     """What a layout found in a checkpoint, and how it went on."""
 
     found: Digests
-    run: Run
+    numbers: Numbers
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def state_of(engine: TorchEngine) -> dict[str, Box]:
@@ -111,31 +128,54 @@ def digests(tensors: Mapping[str, Tensor]) -> Digests:
     }
 
 
-def save_all(rank: int, world_size: int, folder: Path) -> dict[str, tuple[Digests, Run]]:
+def take_steps(engine: TorchEngine, each: Case, first: int, last: int) -> Numbers:
+    """Losses and gradient norms."""
+    steps = range(first, last)
+    pairs = [(train_step(engine, each, n), engine.clip_and_step(LEARNING_RATE)) for n in steps]
+    return Numbers(tuple(loss for loss, _ in pairs), tuple(norm for _, norm in pairs))
+
+
+def save_all(rank: int, world_size: int, folder: Path) -> dict[str, tuple[Digests, Numbers]]:
     results = {}
     for name, each in LAYOUTS[world_size].items():
         mesh = init(CpuBackend(), each.parallel)
         engine = build_engine(mesh, each)
-        run = train(engine, each, last=SAVED_AT)
+        numbers = take_steps(engine, each, 0, SAVED_AT)
         save(folder / name, state_of(engine), {"num_updates": engine.num_updates}, mesh=mesh)
-        results[name] = digests(gather(mesh, state_of(engine))), run
+        results[name] = digests(gather(mesh, state_of(engine))), numbers
     return results
 
 
-def load_and_go_on(
-    rank: int, world_size: int, folder: Path, sources: Mapping[str, Sequence[str]], last: int
-) -> dict[tuple[str, str], Resumed]:
-    """Each layout of this many ranks loads its sources, one after the other, and trains on."""
+def resume(folder: Path, engine: TorchEngine, mesh: Mesh) -> Digests:
+    """Load a checkpoint; returns what the ranks then hold together."""
+    load(folder, state_of(engine), mesh=mesh)
+    engine.num_updates = read_manifest(folder)["num_updates"]
+    return digests(gather(mesh, state_of(engine)))
+
+
+def load_drawn(rank: int, world_size: int, folder: Path) -> dict[str, Resumed]:
+    """Each layout of this many ranks loads the source drawn for it and trains to the end."""
     results = {}
     for name, each in LAYOUTS[world_size].items():
         mesh = init(CpuBackend(), each.parallel)
         engine = build_engine(mesh, each, seed=None)
-        for source in sources[name]:
-            load(folder / source, state_of(engine), mesh=mesh)
-            engine.num_updates = read_manifest(folder / source)["num_updates"]
-            found = digests(gather(mesh, state_of(engine)))
-            run = train(engine, each, first=SAVED_AT, last=last)
-            results[name, source] = Resumed(found, run)
+        found = resume(folder / drawn()[name], engine, mesh)
+        numbers = take_steps(engine, each, SAVED_AT, STEPS)
+        parameters = gather(mesh, engine.parameters)
+        results[name] = Resumed(found, numbers, {} if rank else parameters)
+    return results
+
+
+def load_all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, str], Resumed]:
+    """Each layout of this many ranks loads all others, one after the other: a step from each."""
+    results = {}
+    for name, each in LAYOUTS[world_size].items():
+        mesh = init(CpuBackend(), each.parallel)
+        engine = build_engine(mesh, each, seed=None)
+        for source in others(name):
+            found = resume(folder / source, engine, mesh)
+            numbers = take_steps(engine, shortest(each, mesh), SAVED_AT, SAVED_AT + 1)
+            results[name, source] = Resumed(found, numbers)
     return results
 
 
@@ -145,26 +185,25 @@ class Saved:
 
     folder: Path
     state: dict[str, Digests]
-    runs: dict[str, Run]
+    numbers: dict[str, Numbers]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("elastic")
-    results: dict[str, tuple[Digests, Run]] = {}
+    results: dict[str, tuple[Digests, Numbers]] = {}
     for world_size in LAYOUTS:
         results |= run_ranks(save_all, world_size, folder, tmp_path=folder)[0]
     states = {name: state for name, (state, _) in results.items()}
-    return Saved(folder, states, {name: run for name, (_, run) in results.items()})
+    return Saved(folder, states, {name: numbers for name, (_, numbers) in results.items()})
 
 
 @pytest.fixture(scope="module")
 def resumed(saved: Saved) -> Any:
     @functools.cache
-    def at(world_size: int) -> dict[tuple[str, str], Resumed]:
-        arguments = (saved.folder, drawn(), STEPS)
-        results = run_ranks(load_and_go_on, world_size, *arguments, tmp_path=saved.folder)
-        first: dict[tuple[str, str], Resumed] = results[0]
+    def at(world_size: int) -> dict[str, Resumed]:
+        results = run_ranks(load_drawn, world_size, saved.folder, tmp_path=saved.folder)
+        first: dict[str, Resumed] = results[0]
         return first
 
     return at
@@ -175,16 +214,13 @@ def expected_run(tied: bool) -> Run:
     return oracle(case(tied=tied).oracle())
 
 
-def assert_goes_on(name: str, source: str, saved: Saved, result: Resumed, *, last: int) -> None:
-    where = f"{name} from {source}"
+def assert_goes_on(name: str, source: str, saved: Saved, result: Resumed) -> None:
+    """The bits of the source, then the losses and norms of a run without interruption."""
+    where, numbers = f"{name} from {source}", result.numbers
     assert result.found == saved.state[source], where
-    expected, run = expected_run(CASES[name].tied), result.run
-    assert_close(run.losses, expected.losses[SAVED_AT:last], relative=LOSS, name=where)
-    assert_close(run.norms, expected.norms[SAVED_AT:last], relative=GRADIENT, name=where)
-    if last == STEPS:
-        for parameter, value in expected.parameters.items():
-            found = run.parameters[parameter]
-            assert_close(found, value, relative=GRADIENT, name=f"{where}: {parameter}")
+    expected, last = expected_run(CASES[name].tied), SAVED_AT + len(numbers.losses)
+    assert_close(numbers.losses, expected.losses[SAVED_AT:last], relative=LOSS, name=where)
+    assert_close(numbers.norms, expected.norms[SAVED_AT:last], relative=GRADIENT, name=where)
 
 
 def test_the_layouts_are_all_kinds() -> None:
@@ -192,7 +228,7 @@ def test_the_layouts_are_all_kinds() -> None:
     assert {"tp4", "pp4", "dp4 parameters", "hsdp 2x2", "tp2 pp2 dp2"} < CASES.keys()
     assert {"pp2 interleaved tied", "pp2 zero bubble virtual", "tp2 sequence"} < CASES.keys()
     assert len(CASES) > 35
-    for name, (source,) in drawn().items():
+    for name, source in drawn().items():
         assert CASES[name].parallel != CASES[source].parallel
 
 
@@ -209,26 +245,33 @@ def test_files_hold_whole_parameters_and_no_padding(saved: Saved, name: str) -> 
     load(saved.folder / name, {name: Box.whole(tensor) for name, tensor in whole.items()})
     assert digests(whole) == saved.state[name]
     first = expected_run(CASES[name].tied).losses[:SAVED_AT]
-    assert_close(saved.runs[name].losses, first, relative=LOSS, name=name)
+    assert_close(saved.numbers[name].losses, first, relative=LOSS, name=name)
 
 
 @pytest.mark.parametrize(("world_size", "name"), NAMES)
 def test_another_layouts_checkpoint_goes_on(
     saved: Saved, resumed: Any, world_size: int, name: str
 ) -> None:
-    (source,) = drawn()[name]
-    assert_goes_on(name, source, saved, resumed(world_size)[name, source], last=STEPS)
+    """To the last step, and to the parameters that one process ends with."""
+    result: Resumed = resumed(world_size)[name]
+    assert len(result.numbers.losses) == STEPS - SAVED_AT
+    assert_goes_on(name, drawn()[name], saved, result)
+    expected = expected_run(CASES[name].tied).parameters
+    assert result.parameters.keys() == expected.keys()
+    for parameter, value in expected.items():
+        assert_close(result.parameters[parameter], value, relative=GRADIENT, name=parameter)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_every_layout_loads_every_other(saved: Saved, world_size: int) -> None:
     """All pairs: the same bits, and one more step."""
-    sources, last = {name: others(name) for name in CASES}, SAVED_AT + 1
-    arguments = (saved.folder, sources, last)
-    results = run_ranks(
-        load_and_go_on, world_size, *arguments, tmp_path=saved.folder, timeout_seconds=1200
+    results: dict[tuple[str, str], Resumed] = run_ranks(
+        load_all, world_size, saved.folder, tmp_path=saved.folder, timeout_seconds=1200
     )[0]
-    assert len(results) == sum(len(others(name)) for name in LAYOUTS[world_size])
+    assert results.keys() == {
+        (name, source) for name in LAYOUTS[world_size] for source in others(name)
+    }
     for (name, source), result in results.items():
-        assert_goes_on(name, source, saved, result, last=last)
+        assert len(result.numbers.losses) == 1
+        assert_goes_on(name, source, saved, result)

@@ -21,10 +21,9 @@ from tests.parallel.engine_cases import (
     RuleName,
     Run,
     build_engine,
-    oracle,
-    oracle_statistics,
     train,
 )
+from tests.parallel.engine_oracle import oracle, oracle_statistics
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
 
