@@ -1,7 +1,8 @@
 """Any layout goes on from what any other saved: the same bits at load, the same numbers afterwards.
 
 Every layout of the matrix saves once, after two steps, and loads what another one saved, drawn from
-a seed; the slow run goes through all pairs. The oracle is the plain model without interruption.
+a seed; a slow run goes through all pairs. A few layouts are quick, and load from each other. The
+oracle is the plain model without interruption.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,10 @@ LAYOUTS: dict[int, dict[str, Case]] = {
     },
     8: of_the_matrix(EIGHT),
 }
-NAMES = [(world_size, name) for world_size, cases in LAYOUTS.items() for name in cases]
+SIZES = {name: world_size for world_size, cases in LAYOUTS.items() for name in cases}
 CASES = {name: each for cases in LAYOUTS.values() for name, each in cases.items()}
+QUICK = ("one", "tp2 padded", "pp2 interleaved", "dp2 parameters", "tp2 pp2")
+NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 
 
 def others(name: str) -> list[str]:
@@ -86,9 +89,18 @@ def others(name: str) -> list[str]:
 
 @functools.cache
 def drawn() -> dict[str, str]:
-    """One other layout for each, from a seed."""
+    """One other layout for each, from a seed; for a quick one, one that is as quick."""
     generator = random.Random(DRAWN_FROM)
-    return {name: generator.choice(others(name)) for name in CASES}
+    sources = {name: set(QUICK if name in QUICK else CASES) for name in CASES}
+    return {
+        name: generator.choice([other for other in others(name) if other in sources[name]])
+        for name in CASES
+    }
+
+
+def names_of(world_size: int, is_quick: bool) -> list[str]:
+    """What runs in the same processes."""
+    return [name for name in LAYOUTS[world_size] if (name in QUICK) is is_quick]
 
 
 def shortest(each: Case, mesh: Mesh) -> Case:
@@ -102,6 +114,14 @@ class Numbers:
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a layout's checkpoint holds, and the steps before it."""
+
+    state: Digests
+    numbers: Numbers
 
 
 @dataclass(frozen=True)
@@ -135,14 +155,15 @@ def take_steps(engine: TorchEngine, each: Case, first: int, last: int) -> Number
     return Numbers(tuple(loss for loss, _ in pairs), tuple(norm for _, norm in pairs))
 
 
-def save_all(rank: int, world_size: int, folder: Path) -> dict[str, tuple[Digests, Numbers]]:
+def save_each(rank: int, world_size: int, folder: Path, names: Sequence[str]) -> dict[str, Saved]:
     results = {}
-    for name, each in LAYOUTS[world_size].items():
+    for name in names:
+        each = CASES[name]
         mesh = init(CpuBackend(), each.parallel)
         engine = build_engine(mesh, each)
         numbers = take_steps(engine, each, 0, SAVED_AT)
         save(folder / name, state_of(engine), {"num_updates": engine.num_updates}, mesh=mesh)
-        results[name] = digests(gather(mesh, state_of(engine))), numbers
+        results[name] = Saved(digests(gather(mesh, state_of(engine))), numbers)
     return results
 
 
@@ -153,10 +174,13 @@ def resume(folder: Path, engine: TorchEngine, mesh: Mesh) -> Digests:
     return digests(gather(mesh, state_of(engine)))
 
 
-def load_drawn(rank: int, world_size: int, folder: Path) -> dict[str, Resumed]:
-    """Each layout of this many ranks loads the source drawn for it and trains to the end."""
+def load_drawn(
+    rank: int, world_size: int, folder: Path, names: Sequence[str]
+) -> dict[str, Resumed]:
+    """Each layout loads the source drawn for it and trains to the end."""
     results = {}
-    for name, each in LAYOUTS[world_size].items():
+    for name in names:
+        each = CASES[name]
         mesh = init(CpuBackend(), each.parallel)
         engine = build_engine(mesh, each, seed=None)
         found = resume(folder / drawn()[name], engine, mesh)
@@ -179,34 +203,40 @@ def load_all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, str], 
     return results
 
 
-@dataclass(frozen=True)
-class Saved:
-    """The checkpoints of all layouts and what each held."""
+class Runs:
+    """What layouts saved and found, made when first asked for, the quick ones apart."""
 
-    folder: Path
-    state: dict[str, Digests]
-    numbers: dict[str, Numbers]
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._saved: dict[str, Saved] = {}
+        self._resumed: dict[str, Resumed] = {}
+
+    def saved(self, name: str) -> Saved:
+        """The checkpoint in `folder / name`."""
+        if name not in self._saved:
+            for size in LAYOUTS:
+                self._saved |= self._run(save_each, size, name)
+        return self._saved[name]
+
+    def resumed(self, name: str) -> Resumed:
+        """The layout after it loaded the source that is drawn for it."""
+        if name not in self._resumed:
+            for each in names_of(SIZES[name], name in QUICK):
+                self.saved(drawn()[each])
+            self._resumed |= self._run(load_drawn, SIZES[name], name)
+        return self._resumed[name]
+
+    def _run(self, body: Callable[..., Any], size: int, name: str) -> dict[str, Any]:
+        names = names_of(size, name in QUICK)
+        if not names:
+            return {}
+        results: dict[str, Any] = run_ranks(body, size, self.folder, names, tmp_path=self.folder)[0]
+        return results
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    folder = tmp_path_factory.mktemp("elastic")
-    results: dict[str, tuple[Digests, Numbers]] = {}
-    for world_size in LAYOUTS:
-        results |= run_ranks(save_all, world_size, folder, tmp_path=folder)[0]
-    states = {name: state for name, (state, _) in results.items()}
-    return Saved(folder, states, {name: numbers for name, (_, numbers) in results.items()})
-
-
-@pytest.fixture(scope="module")
-def resumed(saved: Saved) -> Any:
-    @functools.cache
-    def at(world_size: int) -> dict[str, Resumed]:
-        results = run_ranks(load_drawn, world_size, saved.folder, tmp_path=saved.folder)
-        first: dict[str, Resumed] = results[0]
-        return first
-
-    return at
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("elastic"))
 
 
 @functools.cache
@@ -217,7 +247,7 @@ def expected_run(tied: bool) -> Run:
 def assert_goes_on(name: str, source: str, saved: Saved, result: Resumed) -> None:
     """The bits of the source, then the losses and norms of a run without interruption."""
     where, numbers = f"{name} from {source}", result.numbers
-    assert result.found == saved.state[source], where
+    assert result.found == saved.state, where
     expected, last = expected_run(CASES[name].tied), SAVED_AT + len(numbers.losses)
     assert_close(numbers.losses, expected.losses[SAVED_AT:last], relative=LOSS, name=where)
     assert_close(numbers.norms, expected.norms[SAVED_AT:last], relative=GRADIENT, name=where)
@@ -228,34 +258,33 @@ def test_the_layouts_are_all_kinds() -> None:
     assert {"tp4", "pp4", "dp4 parameters", "hsdp 2x2", "tp2 pp2 dp2"} < CASES.keys()
     assert {"pp2 interleaved tied", "pp2 zero bubble virtual", "tp2 sequence"} < CASES.keys()
     assert len(CASES) > 35
+    assert set(QUICK) < CASES.keys()
     for name, source in drawn().items():
         assert CASES[name].parallel != CASES[source].parallel
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_files_hold_whole_parameters_and_no_padding(saved: Saved, name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_files_hold_whole_parameters_and_no_padding(runs: Runs, name: str) -> None:
     """Whatever layout wrote them: true rows only, each moment beside its parameter."""
-    config = config_of(CASES[name])
+    config, saved = config_of(CASES[name]), runs.saved(name)
     table = {name: layout.global_shape for name, layout in parameter_layouts(config).items()}
     assert table["embedding.weight"] == (61, 24)
     kinds = ("model", "optimizer/exp_avg", "optimizer/exp_avg_sq")
     expected = {f"{kind}/{name}": shape for kind in kinds for name, shape in table.items()}
-    assert tensor_shapes(saved.folder / name) == expected
+    assert tensor_shapes(runs.folder / name) == expected
     whole = {name: torch.empty(shape, dtype=torch.float64) for name, shape in expected.items()}
-    load(saved.folder / name, {name: Box.whole(tensor) for name, tensor in whole.items()})
-    assert digests(whole) == saved.state[name]
+    load(runs.folder / name, {name: Box.whole(tensor) for name, tensor in whole.items()})
+    assert digests(whole) == saved.state
     first = expected_run(CASES[name].tied).losses[:SAVED_AT]
-    assert_close(saved.numbers[name].losses, first, relative=LOSS, name=name)
+    assert_close(saved.numbers.losses, first, relative=LOSS, name=name)
 
 
-@pytest.mark.parametrize(("world_size", "name"), NAMES)
-def test_another_layouts_checkpoint_goes_on(
-    saved: Saved, resumed: Any, world_size: int, name: str
-) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_another_layouts_checkpoint_goes_on(runs: Runs, name: str) -> None:
     """To the last step, and to the parameters that one process ends with."""
-    result: Resumed = resumed(world_size)[name]
+    source, result = drawn()[name], runs.resumed(name)
     assert len(result.numbers.losses) == STEPS - SAVED_AT
-    assert_goes_on(name, drawn()[name], saved, result)
+    assert_goes_on(name, source, runs.saved(source), result)
     expected = expected_run(CASES[name].tied).parameters
     assert result.parameters.keys() == expected.keys()
     for parameter, value in expected.items():
@@ -264,14 +293,15 @@ def test_another_layouts_checkpoint_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", LAYOUTS)
-def test_every_layout_loads_every_other(saved: Saved, world_size: int) -> None:
+def test_every_layout_loads_every_other(runs: Runs, world_size: int) -> None:
     """All pairs: the same bits, and one more step."""
+    saved = {name: runs.saved(name) for name in CASES}
     results: dict[tuple[str, str], Resumed] = run_ranks(
-        load_all, world_size, saved.folder, tmp_path=saved.folder, timeout_seconds=1200
+        load_all, world_size, runs.folder, tmp_path=runs.folder, timeout_seconds=1200
     )[0]
     assert results.keys() == {
         (name, source) for name in LAYOUTS[world_size] for source in others(name)
     }
     for (name, source), result in results.items():
         assert len(result.numbers.losses) == 1
-        assert_goes_on(name, source, saved, result)
+        assert_goes_on(name, source, saved[source], result)
