@@ -112,17 +112,6 @@ def full_spikes(config: SpikingConfig, recorder: SpikeRecorder | None = None) ->
     return Spikes(k=config.k, blend=1.0, recorder=recorder)
 
 
-def checkpoint_model(path: str | Path) -> dict[str, Any]:
-    """The model of a checkpoint as plain config values (`train model=from_checkpoint`).
-
-    Raises:
-        ValueError: no checkpoint there.
-    """
-    model = open_weights(path, check_files=False).model
-    values: dict[str, Any] = TypeAdapter(ModelConfig).dump_python(model, mode="json")
-    return values
-
-
 def _note_spiking(source: WeightSource, spiking: SpikingConfig | None) -> None:
     """Say so when a model runs with another neuron than it was trained with."""
     saved = (source.manifest or {}).get("spiking")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch.compose import command
-from launch.train import model_from_checkpoint
+from launch.model_source import model_from_checkpoint
 from parallel.backend.cpu import CpuBackend
 from parallel.backend.detect import detect
 from training.config import RunConfig

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from launch.compose import command
+from launch.model_source import model_from_checkpoint
 from launch.plan_run import PlannedRun, plan_run, wanted_devices
 from launch.plan_search import replaced_keys, search
 from launch.plan_stage import PlannedStage
 from launch.plan_text import describe, found_lines, header_lines, stage_lines
-from launch.train import model_from_checkpoint
 from models.config import STRICT
 from parallel.backend.devices import Device, DeviceName, device_facts
 from training.config import RunConfig

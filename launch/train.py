@@ -2,45 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
-from pathlib import Path
-from typing import Any
-
-from launch.checkpoints import checkpoint_model
 from launch.compose import command, leave
-from models.config import ModelConfig
+from launch.model_source import model_from_checkpoint
 from training.config import RunConfig
-from training.run import run
-
-REQUIRED = frozenset(
-    each.name
-    for each in fields(ModelConfig)
-    if each.default is MISSING and each.default_factory is MISSING
-)
-"""Keys of a model that have no default, so that a model given by hand has some of them."""
-
-
-def model_from_checkpoint(raw: dict[str, Any]) -> dict[str, Any]:
-    """With `model=from_checkpoint` the model is the one of `init.checkpoint`.
-
-    A run that has checkpoints of its own no longer needs it: where it is gone, they tell the model.
-
-    Raises:
-        ValueError: there is no `init.checkpoint`.
-    """
-    source, given = raw["init"]["checkpoint"], REQUIRED.intersection(raw["model"])
-    if "vocab_size" in given:
-        return raw
-    if source is None:
-        if given:
-            return raw
-        raise ValueError(
-            "init.checkpoint (null) must be a checkpoint for model=from_checkpoint. Add "
-            "init.checkpoint=FOLDER, or choose another model=."
-        )
-    own = Path(str(raw.get("run_dir")))
-    is_own = not Path(source).exists() and (own / "checkpoints").is_dir()
-    return {**raw, "model": checkpoint_model(own if is_own else source)}
 
 
 @command("train", RunConfig, resolve=model_from_checkpoint)
@@ -51,6 +15,9 @@ def main(config: RunConfig) -> None:
     torchrun --nproc-per-node N -m launch.train key=value ... Asked to stop (SIGTERM, SIGUSR1) a run
     saves, says so in run_dir/stopped.json and ends with status 0.
     """
+    # Imported late: a wrong command line and --help need no engine, which takes longer than both.
+    from training.run import run
+
     if not run(config):
         leave(0)
         # A sweep would go on to its next job.

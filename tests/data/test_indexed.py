@@ -76,6 +76,7 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path, token: int) -
     writer.abandon()
 
 
+@pytest.mark.slow
 def test_using_the_library_says_nothing_and_changes_nothing(tmp_path: Path) -> None:
     script = (
         "import logging, os, sys, warnings\n"

@@ -11,10 +11,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from launch.checkpoints import checkpoint_model, full_spikes, open_model
+from launch.checkpoints import full_spikes, open_model
 from launch.compose import load_config
 from launch.export import ExportConfig, export
-from launch.train import model_from_checkpoint
+from launch.model_source import checkpoint_model, model_from_checkpoint
 from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.sequence import SequenceContext
 from parallel.checkpoint import CheckpointError, newest_complete, read_tensors, step_directory

@@ -222,7 +222,7 @@ def test_a_stopped_job_ends_its_sweep_with_status_0(
         begun.append(config.seed)
         return False
 
-    monkeypatch.setattr("launch.train.run", stopped)
+    monkeypatch.setattr("training.run.run", stopped)
     arguments = ["--multirun", "seed=1,2", f"run_dir={tmp_path / 'sweep'}"]
     monkeypatch.setattr(sys, "argv", ["launch.train", *arguments])
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from data.prepare_corpus import prepare
 from data.tokenizer import load_tokenizer
@@ -308,6 +308,7 @@ def test_the_same_conversion_has_the_same_fingerprint(source: Path, tmp_path: Pa
         assert (found == prints[0]) is is_same
 
 
+@pytest.mark.slow
 def test_command_line(source: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "launch.convert", *arguments]
@@ -320,90 +321,3 @@ def test_command_line(source: Path, tmp_path: Path) -> None:
     assert wrong.returncode == 1
     assert "must hold config.json" in wrong.stderr
     assert "Traceback" not in wrong.stderr
-
-
-MEMORY_SCRIPT = """
-import sys, threading
-from pathlib import Path
-from launch.convert import convert
-from launch.convert_config import ConvertConfig
-
-def anonymous():
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("RssAnon:")[1].split()[0]) * 1024
-
-peak, done = [anonymous()], threading.Event()
-
-def watch():
-    while not done.wait(0.002):
-        peak[0] = max(peak[0], anonymous())
-
-before = peak[0]
-watcher = threading.Thread(target=watch)
-watcher.start()
-convert(ConvertConfig(source=sys.argv[1], out=sys.argv[2], mixers=sys.argv[3], window_tokens=64,
-                      text=sys.argv[4], sequence_length=64, text_tokens=128))
-done.set()
-watcher.join()
-print(before, max(peak[0], anonymous()))
-"""
-
-
-def write_large_source(folder: Path, text: Path, *, layers: int) -> tuple[int, int]:
-    """A sharded random bfloat16 Qwen2 folder; returns its bytes and its largest tensor's."""
-    hidden, inner, vocab = 1024, 8192, 8192
-    folder.mkdir()
-    base = {"model_type": "qwen2", "vocab_size": vocab, "hidden_size": hidden,
-            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": 8,
-            "num_key_value_heads": 2, "rms_norm_eps": 1e-6}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(base))
-    copy_tokenizer(text / "tokenizer", folder)
-    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (256, hidden),
-              "self_attn.v_proj": (256, hidden), "self_attn.o_proj": (hidden, hidden),
-              "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-              "mlp.down_proj": (hidden, inner)}  # fmt: skip
-    weight_map, total = {}, 0
-    for layer in range(layers + 1):
-        values = {}
-        if layer == layers:
-            values = {"model.embed_tokens.weight": torch.randn(vocab, hidden),
-                      "lm_head.weight": torch.randn(vocab, hidden),
-                      "model.norm.weight": torch.ones(hidden)}  # fmt: skip
-        for name, shape in shapes.items() if layer < layers else ():
-            values[f"model.layers.{layer}.{name}.weight"] = 0.02 * torch.randn(shape)
-            if name.endswith(("q_proj", "k_proj", "v_proj")):
-                values[f"model.layers.{layer}.{name}.bias"] = torch.randn(shape[0])
-        for name in ("input_layernorm", "post_attention_layernorm") if layer < layers else ():
-            values[f"model.layers.{layer}.{name}.weight"] = torch.ones(hidden)
-        file = f"model-{layer + 1:05d}-of-{layers + 1:05d}.safetensors"
-        values = {name: value.to(torch.bfloat16) for name, value in values.items()}
-        save_file(values, folder / file)
-        weight_map |= dict.fromkeys(values, file)
-        total += sum(value.nbytes for value in values.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return total, vocab * hidden * 2
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's RssAnon")
-def test_memory_does_not_grow_with_the_checkpoint(text: Path, tmp_path: Path) -> None:
-    """Anonymous memory is below 1.5 x the largest tensor + 1 GiB, however many layers there are."""
-    grown = []
-    for layers in (8, 18):
-        folder, out = tmp_path / f"hf{layers}", tmp_path / f"out{layers}"
-        num_bytes, largest = write_large_source(folder, text, layers=layers)
-        result = subprocess.run(
-            [sys.executable, "-c", MEMORY_SCRIPT, str(folder), str(out), f"[L S]*{layers // 2}",
-             str(text)],
-            cwd=REPOSITORY, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        before, peak = (int(number) for number in result.stdout.split()[-2:])
-        assert peak < 1.5 * largest + 2**30
-        grown.append(peak - before)
-        sys.stdout.write(f"{layers} layers: {num_bytes} bytes, anonymous {before} to {peak}\n")
-        shutil.rmtree(folder)
-        shutil.rmtree(out)
-    assert num_bytes > 1e9
-    assert grown[1] < 0.25 * num_bytes
-    assert grown[1] < grown[0] + 64 * 2**20

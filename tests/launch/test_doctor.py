@@ -77,6 +77,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_0_and_maca_is_refused_by_name() -> None:
     done = run()
     assert done.returncode == 0, done.stderr

@@ -256,6 +256,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_and_exits_with_a_status(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "plan.json"
     done = run("experiment=smoke", "plan.device=h100", f"out={out}")

@@ -1,7 +1,6 @@
-"""Tiny training runs for the engine's tests: one definition, an oracle without any engine, ranks.
+"""Tiny training runs for the engine's tests: one definition of each, and how a rank makes it.
 
-The oracle is the plain model with plain torch: whole rows in one pass, one long gradient vector,
-torch's optimizer on whole parameters.
+What such a run must compute is in `engine_oracle`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from models.layouts import parameter_layouts
 from models.lesson import Goals
 from models.model import Model
 from models.recomputation import Recomputation
-from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
 from models.spiking.recorder import NUM_BINS, SpikeRecorder
 from parallel.boxes import Box
@@ -277,79 +275,20 @@ def train(engine: TorchEngine, case: Case, *, first: int = 0, last: int = STEPS)
 
 def gather(mesh: Mesh, boxes: dict[str, Box]) -> dict[str, Tensor]:
     """Whole tensors of all ranks' boxes, on every rank."""
-    parts = mesh.gather(
-        {name: (box.global_shape, box.slices, box.local.clone()) for name, box in boxes.items()}
-    )
+    # As arrays: torch takes 30 times as long to read a pickled tensor.
+    mine = {
+        name: (box.global_shape, box.slices, box.local.detach().numpy())
+        for name, box in boxes.items()
+    }
     whole: dict[str, Tensor] = {}
-    for part in parts:
-        for name, (shape, slices, values) in part.items():
+    for part in mesh.gather(mine):
+        for name, (shape, slices, array) in part.items():
+            values = torch.from_numpy(array)
             tensor = whole.setdefault(name, torch.full(shape, torch.nan, dtype=values.dtype))
             before = tensor[slices]
             assert bool((before.isnan() | (before == values)).all()), f"{name}: copies differ"
             tensor[slices] = values
     return whole
-
-
-def oracle(case: Case) -> Run:
-    """The same run by the plain model in one pass a step."""
-    model = plain_model(case)
-    groups = groups_of(case, list(model.layouts()))
-    parameters = dict(model.named_parameters())
-    trained = [parameters[name] for group in groups for name in group.names]
-    optimizer = _plain_optimizer(case.rule, groups, parameters)
-    losses, norms = [], []
-    gradients: dict[str, Tensor] = {}
-    for step in range(STEPS):
-        rows = rows_of(step)
-        sequence = SequenceContext.from_document_ids(rows.document_ids)
-        loss = model(rows.tokens, sequence, labels=rows.labels, spikes=spikes_of(case))
-        loss = loss / (rows.labels != -100).sum()
-        model.zero_grad()
-        total = loss
-        if case.teacher is not None:
-            extra = learned(model, teacher_model(case), rows, sequence, case)
-            total = loss + extra / (rows.labels != -100).sum()
-        total.backward()
-        if step == 0:
-            gradients = {
-                name: parameters[name].grad.clone() for group in groups for name in group.names
-            }
-        norm = float(torch.cat([parameter.grad.flatten() for parameter in trained]).norm())
-        norms.append(norm)
-        if case.rule.clip_norm is not None and norm > case.rule.clip_norm:
-            for parameter in trained:
-                parameter.grad *= case.rule.clip_norm / norm
-        losses.append(float(loss.detach()))
-        optimizer.step()
-    final = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    return Run(tuple(losses), tuple(norms), {}, gradients, final)
-
-
-def _plain_optimizer(
-    rule: Rule, groups: Sequence[ParamGroup], parameters: dict[str, torch.nn.Parameter]
-) -> torch.optim.Optimizer:
-    arguments = [
-        {
-            "params": [parameters[name] for name in group.names],
-            "weight_decay": group.weight_decay,
-            "lr": LEARNING_RATE * group.lr_factor,
-        }
-        for group in groups
-    ]
-    if rule.name is RuleName.sgd:
-        return torch.optim.SGD(arguments)
-    betas = (rule.beta1, rule.beta2)
-    return torch.optim.AdamW(arguments, betas=betas, eps=rule.eps, foreach=False)
-
-
-def oracle_statistics(case: Case) -> dict[str, float]:
-    """What the plain model's neurons do in the first step, microbatch by microbatch."""
-    model = plain_model(case)
-    recorder = SpikeRecorder(STATISTICS_TOKENS)
-    for rows in share_of(rows_of(0), 0, 1, case.microbatch_rows):
-        sequence = SequenceContext.from_document_ids(rows.document_ids)
-        model(rows.tokens, sequence, spikes=spikes_of(case, recorder))
-    return statistics_of(recorder)
 
 
 def statistics_of(recorder: SpikeRecorder) -> dict[str, float]:
@@ -374,42 +313,4 @@ def teacher_model(case: Case) -> Model:
     layouts = model.layouts()
     for name, parameter in model.named_parameters():
         parameter.data.copy_(tensor_for(name, layouts[name], config, SEED + 1))
-    return model
-
-
-def learned(
-    student: Model, teacher: Model, rows: Rows, sequence: SequenceContext, case: Case
-) -> Tensor:
-    """What the goals add to the summed loss, from whole logits and torch's own divergence."""
-    goals = case.teacher
-    assert goals is not None
-    streams: dict[Model, list[Tensor]] = {student: [], teacher: []}
-    logits = {}
-    for model, spikes in ((student, spikes_of(case)), (teacher, None)):
-
-        def keep(_layer: int, x: Tensor, model: Model = model) -> Tensor:
-            streams[model].append(x)
-            return x
-
-        hidden = model.hidden_states(rows.tokens, sequence, spikes=spikes, observe=keep)
-        logits[model] = model.apply_head(hidden) / goals.temperature
-    counted = rows.labels != -100
-    kl = torch.nn.functional.kl_div(
-        logits[student][counted].log_softmax(-1),
-        logits[teacher][counted].detach().log_softmax(-1),
-        log_target=True,
-        reduction="sum",
-    )
-    pairs = zip(streams[student], streams[teacher], strict=True)
-    mse = sum((s - t.detach())[counted].square().mean(-1).sum() for s, t in pairs)
-    return goals.kl * goals.temperature**2 * kl + goals.hidden * mse
-
-
-def plain_model(case: Case) -> Model:
-    """The whole model in float64 at its initial values."""
-    config = config_of(case)
-    model = Model(config, spiking=spiking_of(case), loss_chunk_tokens=16).double()
-    layouts = model.layouts()
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(tensor_for(name, layouts[name], config, SEED))
     return model

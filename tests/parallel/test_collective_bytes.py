@@ -76,7 +76,7 @@ def counted(rank: int, world_size: int) -> list[tuple[Counter[str], Counter[str]
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_calls_and_bytes_are_those_of_a_real_step(world_size: int, tmp_path: Path) -> None:
     for rank, result in enumerate(run_ranks(counted, world_size, tmp_path=tmp_path)):
         for (_, parallel), (calls, size, planned) in zip(CASES[world_size], result, strict=True):

@@ -1,7 +1,8 @@
 """Any layout goes on from what any other saved: the same bits at load, the same numbers afterwards.
 
 Every layout of the matrix saves once, after two steps, and loads what another one saved, drawn from
-a seed; the slow run goes through all pairs. The oracle is the plain model without interruption.
+a seed; a slow run goes through all pairs. A few layouts are quick, and load from each other. The
+oracle is the plain model without interruption.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,19 @@ from parallel.boxes import Box
 from parallel.checkpoint import load, read_manifest, save, tensor_shapes
 from parallel.config import Shard
 from parallel.engine import TorchEngine
-from parallel.mesh import init
+from parallel.mesh import Mesh, init
 from tests.parallel.engine_cases import (
+    LEARNING_RATE,
+    ROWS,
     STEPS,
     Case,
     Run,
     build_engine,
     config_of,
     gather,
-    oracle,
-    train,
+    train_step,
 )
+from tests.parallel.engine_oracle import oracle
 from tests.parallel.test_layout_matrix import EIGHT, FOUR, GRADIENT, LOSS, TWO, case
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
@@ -73,8 +76,10 @@ LAYOUTS: dict[int, dict[str, Case]] = {
     },
     8: of_the_matrix(EIGHT),
 }
-NAMES = [(world_size, name) for world_size, cases in LAYOUTS.items() for name in cases]
+SIZES = {name: world_size for world_size, cases in LAYOUTS.items() for name in cases}
 CASES = {name: each for cases in LAYOUTS.values() for name, each in cases.items()}
+QUICK = ("one", "tp2 padded", "pp2 interleaved", "dp2 parameters", "tp2 pp2")
+NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 
 
 def others(name: str) -> list[str]:
@@ -82,10 +87,41 @@ def others(name: str) -> list[str]:
     return [other for other in CASES if other != name and CASES[other].tied == CASES[name].tied]
 
 
-def drawn() -> dict[str, list[str]]:
-    """One other layout for each, from a seed."""
+@functools.cache
+def drawn() -> dict[str, str]:
+    """One other layout for each, from a seed; for a quick one, one that is as quick."""
     generator = random.Random(DRAWN_FROM)
-    return {name: [generator.choice(others(name))] for name in CASES}
+    sources = {name: set(QUICK if name in QUICK else CASES) for name in CASES}
+    return {
+        name: generator.choice([other for other in others(name) if other in sources[name]])
+        for name in CASES
+    }
+
+
+def names_of(world_size: int, is_quick: bool) -> list[str]:
+    """What runs in the same processes."""
+    return [name for name in LAYOUTS[world_size] if (name in QUICK) is is_quick]
+
+
+def shortest(each: Case, mesh: Mesh) -> Case:
+    """One microbatch a stage: how many there are costs time, and the matrix has other numbers."""
+    return replace(each, microbatch_rows=ROWS // mesh.dp_size // mesh.pp_size)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Of consecutive steps."""
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a layout's checkpoint holds, and the steps before it."""
+
+    state: Digests
+    numbers: Numbers
 
 
 @dataclass(frozen=True)
@@ -93,7 +129,8 @@ class Resumed:
     """What a layout found in a checkpoint, and how it went on."""
 
     found: Digests
-    run: Run
+    numbers: Numbers
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def state_of(engine: TorchEngine) -> dict[str, Box]:
@@ -111,63 +148,95 @@ def digests(tensors: Mapping[str, Tensor]) -> Digests:
     }
 
 
-def save_all(rank: int, world_size: int, folder: Path) -> dict[str, tuple[Digests, Run]]:
+def take_steps(engine: TorchEngine, each: Case, first: int, last: int) -> Numbers:
+    """Losses and gradient norms."""
+    steps = range(first, last)
+    pairs = [(train_step(engine, each, n), engine.clip_and_step(LEARNING_RATE)) for n in steps]
+    return Numbers(tuple(loss for loss, _ in pairs), tuple(norm for _, norm in pairs))
+
+
+def save_each(rank: int, world_size: int, folder: Path, names: Sequence[str]) -> dict[str, Saved]:
     results = {}
-    for name, each in LAYOUTS[world_size].items():
+    for name in names:
+        each = CASES[name]
         mesh = init(CpuBackend(), each.parallel)
         engine = build_engine(mesh, each)
-        run = train(engine, each, last=SAVED_AT)
+        numbers = take_steps(engine, each, 0, SAVED_AT)
         save(folder / name, state_of(engine), {"num_updates": engine.num_updates}, mesh=mesh)
-        results[name] = digests(gather(mesh, state_of(engine))), run
+        results[name] = Saved(digests(gather(mesh, state_of(engine))), numbers)
     return results
 
 
-def load_and_go_on(
-    rank: int, world_size: int, folder: Path, sources: Mapping[str, Sequence[str]], last: int
-) -> dict[tuple[str, str], Resumed]:
-    """Each layout of this many ranks loads its sources, one after the other, and trains on."""
+def resume(folder: Path, engine: TorchEngine, mesh: Mesh) -> Digests:
+    """Load a checkpoint; returns what the ranks then hold together."""
+    load(folder, state_of(engine), mesh=mesh)
+    engine.num_updates = read_manifest(folder)["num_updates"]
+    return digests(gather(mesh, state_of(engine)))
+
+
+def load_drawn(
+    rank: int, world_size: int, folder: Path, names: Sequence[str]
+) -> dict[str, Resumed]:
+    """Each layout loads the source drawn for it and trains to the end."""
+    results = {}
+    for name in names:
+        each = CASES[name]
+        mesh = init(CpuBackend(), each.parallel)
+        engine = build_engine(mesh, each, seed=None)
+        found = resume(folder / drawn()[name], engine, mesh)
+        numbers = take_steps(engine, each, SAVED_AT, STEPS)
+        parameters = gather(mesh, engine.parameters)
+        results[name] = Resumed(found, numbers, {} if rank else parameters)
+    return results
+
+
+def load_all(rank: int, world_size: int, folder: Path) -> dict[tuple[str, str], Resumed]:
+    """Each layout of this many ranks loads all others, one after the other: a step from each."""
     results = {}
     for name, each in LAYOUTS[world_size].items():
         mesh = init(CpuBackend(), each.parallel)
         engine = build_engine(mesh, each, seed=None)
-        for source in sources[name]:
-            load(folder / source, state_of(engine), mesh=mesh)
-            engine.num_updates = read_manifest(folder / source)["num_updates"]
-            found = digests(gather(mesh, state_of(engine)))
-            run = train(engine, each, first=SAVED_AT, last=last)
-            results[name, source] = Resumed(found, run)
+        for source in others(name):
+            found = resume(folder / source, engine, mesh)
+            numbers = take_steps(engine, shortest(each, mesh), SAVED_AT, SAVED_AT + 1)
+            results[name, source] = Resumed(found, numbers)
     return results
 
 
-@dataclass(frozen=True)
-class Saved:
-    """The checkpoints of all layouts and what each held."""
+class Runs:
+    """What layouts saved and found, made when first asked for, the quick ones apart."""
 
-    folder: Path
-    state: dict[str, Digests]
-    runs: dict[str, Run]
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._saved: dict[str, Saved] = {}
+        self._resumed: dict[str, Resumed] = {}
+
+    def saved(self, name: str) -> Saved:
+        """The checkpoint in `folder / name`."""
+        if name not in self._saved:
+            for size in LAYOUTS:
+                self._saved |= self._run(save_each, size, name)
+        return self._saved[name]
+
+    def resumed(self, name: str) -> Resumed:
+        """The layout after it loaded the source that is drawn for it."""
+        if name not in self._resumed:
+            for each in names_of(SIZES[name], name in QUICK):
+                self.saved(drawn()[each])
+            self._resumed |= self._run(load_drawn, SIZES[name], name)
+        return self._resumed[name]
+
+    def _run(self, body: Callable[..., Any], size: int, name: str) -> dict[str, Any]:
+        names = names_of(size, name in QUICK)
+        if not names:
+            return {}
+        results: dict[str, Any] = run_ranks(body, size, self.folder, names, tmp_path=self.folder)[0]
+        return results
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    folder = tmp_path_factory.mktemp("elastic")
-    results: dict[str, tuple[Digests, Run]] = {}
-    for world_size in LAYOUTS:
-        results |= run_ranks(save_all, world_size, folder, tmp_path=folder)[0]
-    states = {name: state for name, (state, _) in results.items()}
-    return Saved(folder, states, {name: run for name, (_, run) in results.items()})
-
-
-@pytest.fixture(scope="module")
-def resumed(saved: Saved) -> Any:
-    @functools.cache
-    def at(world_size: int) -> dict[tuple[str, str], Resumed]:
-        arguments = (saved.folder, drawn(), STEPS)
-        results = run_ranks(load_and_go_on, world_size, *arguments, tmp_path=saved.folder)
-        first: dict[tuple[str, str], Resumed] = results[0]
-        return first
-
-    return at
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("elastic"))
 
 
 @functools.cache
@@ -175,16 +244,13 @@ def expected_run(tied: bool) -> Run:
     return oracle(case(tied=tied).oracle())
 
 
-def assert_goes_on(name: str, source: str, saved: Saved, result: Resumed, *, last: int) -> None:
-    where = f"{name} from {source}"
-    assert result.found == saved.state[source], where
-    expected, run = expected_run(CASES[name].tied), result.run
-    assert_close(run.losses, expected.losses[SAVED_AT:last], relative=LOSS, name=where)
-    assert_close(run.norms, expected.norms[SAVED_AT:last], relative=GRADIENT, name=where)
-    if last == STEPS:
-        for parameter, value in expected.parameters.items():
-            found = run.parameters[parameter]
-            assert_close(found, value, relative=GRADIENT, name=f"{where}: {parameter}")
+def assert_goes_on(name: str, source: str, saved: Saved, result: Resumed) -> None:
+    """The bits of the source, then the losses and norms of a run without interruption."""
+    where, numbers = f"{name} from {source}", result.numbers
+    assert result.found == saved.state, where
+    expected, last = expected_run(CASES[name].tied), SAVED_AT + len(numbers.losses)
+    assert_close(numbers.losses, expected.losses[SAVED_AT:last], relative=LOSS, name=where)
+    assert_close(numbers.norms, expected.norms[SAVED_AT:last], relative=GRADIENT, name=where)
 
 
 def test_the_layouts_are_all_kinds() -> None:
@@ -192,43 +258,50 @@ def test_the_layouts_are_all_kinds() -> None:
     assert {"tp4", "pp4", "dp4 parameters", "hsdp 2x2", "tp2 pp2 dp2"} < CASES.keys()
     assert {"pp2 interleaved tied", "pp2 zero bubble virtual", "tp2 sequence"} < CASES.keys()
     assert len(CASES) > 35
-    for name, (source,) in drawn().items():
+    assert set(QUICK) < CASES.keys()
+    for name, source in drawn().items():
         assert CASES[name].parallel != CASES[source].parallel
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_files_hold_whole_parameters_and_no_padding(saved: Saved, name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_files_hold_whole_parameters_and_no_padding(runs: Runs, name: str) -> None:
     """Whatever layout wrote them: true rows only, each moment beside its parameter."""
-    config = config_of(CASES[name])
+    config, saved = config_of(CASES[name]), runs.saved(name)
     table = {name: layout.global_shape for name, layout in parameter_layouts(config).items()}
     assert table["embedding.weight"] == (61, 24)
     kinds = ("model", "optimizer/exp_avg", "optimizer/exp_avg_sq")
     expected = {f"{kind}/{name}": shape for kind in kinds for name, shape in table.items()}
-    assert tensor_shapes(saved.folder / name) == expected
+    assert tensor_shapes(runs.folder / name) == expected
     whole = {name: torch.empty(shape, dtype=torch.float64) for name, shape in expected.items()}
-    load(saved.folder / name, {name: Box.whole(tensor) for name, tensor in whole.items()})
-    assert digests(whole) == saved.state[name]
+    load(runs.folder / name, {name: Box.whole(tensor) for name, tensor in whole.items()})
+    assert digests(whole) == saved.state
     first = expected_run(CASES[name].tied).losses[:SAVED_AT]
-    assert_close(saved.runs[name].losses, first, relative=LOSS, name=name)
+    assert_close(saved.numbers.losses, first, relative=LOSS, name=name)
 
 
-@pytest.mark.parametrize(("world_size", "name"), NAMES)
-def test_another_layouts_checkpoint_goes_on(
-    saved: Saved, resumed: Any, world_size: int, name: str
-) -> None:
-    (source,) = drawn()[name]
-    assert_goes_on(name, source, saved, resumed(world_size)[name, source], last=STEPS)
+@pytest.mark.parametrize("name", NAMES)
+def test_another_layouts_checkpoint_goes_on(runs: Runs, name: str) -> None:
+    """To the last step, and to the parameters that one process ends with."""
+    source, result = drawn()[name], runs.resumed(name)
+    assert len(result.numbers.losses) == STEPS - SAVED_AT
+    assert_goes_on(name, source, runs.saved(source), result)
+    expected = expected_run(CASES[name].tied).parameters
+    assert result.parameters.keys() == expected.keys()
+    for parameter, value in expected.items():
+        assert_close(result.parameters[parameter], value, relative=GRADIENT, name=parameter)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", LAYOUTS)
-def test_every_layout_loads_every_other(saved: Saved, world_size: int) -> None:
+def test_every_layout_loads_every_other(runs: Runs, world_size: int) -> None:
     """All pairs: the same bits, and one more step."""
-    sources, last = {name: others(name) for name in CASES}, SAVED_AT + 1
-    arguments = (saved.folder, sources, last)
-    results = run_ranks(
-        load_and_go_on, world_size, *arguments, tmp_path=saved.folder, timeout_seconds=1200
+    saved = {name: runs.saved(name) for name in CASES}
+    results: dict[tuple[str, str], Resumed] = run_ranks(
+        load_all, world_size, runs.folder, tmp_path=runs.folder, timeout_seconds=1200
     )[0]
-    assert len(results) == sum(len(others(name)) for name in LAYOUTS[world_size])
+    assert results.keys() == {
+        (name, source) for name in LAYOUTS[world_size] for source in others(name)
+    }
     for (name, source), result in results.items():
-        assert_goes_on(name, source, saved, result, last=last)
+        assert len(result.numbers.losses) == 1
+        assert_goes_on(name, source, saved[source], result)

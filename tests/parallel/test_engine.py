@@ -26,12 +26,12 @@ from tests.parallel.engine_cases import (
     build_engine,
     config_of,
     gather,
-    oracle,
     rows_of,
     share_of,
     train,
     train_step,
 )
+from tests.parallel.engine_oracle import oracle
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
 

@@ -21,10 +21,9 @@ from tests.parallel.engine_cases import (
     RuleName,
     Run,
     build_engine,
-    oracle,
-    oracle_statistics,
     train,
 )
+from tests.parallel.engine_oracle import oracle, oracle_statistics
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
 
@@ -114,13 +113,23 @@ ONE: dict[str, Case] = {
     "float32": case(precision=Precision.fp32, spiking=False),
 }
 LAYOUTS = {1: ONE, 2: TWO, 4: FOUR, 8: EIGHT}
-NAMES = [(world_size, name) for world_size, cases in LAYOUTS.items() for name in cases]
-DOUBLE = [(n, name) for n, name in NAMES if LAYOUTS[n][name].precision is Precision.fp64]
+SIZES = {name: world_size for world_size, cases in LAYOUTS.items() for name in cases}
+CASES = {name: each for cases in LAYOUTS.values() for name, each in cases.items()}
+QUICK = {
+    "float32", "tp2 float32", "tp2", "tp2 sequence tied recomputed",
+    "pp2 gpipe", "pp2 interleaved tied", "pp2 zero bubble virtual", "tp2 pp2 sequence tied",
+    "dp2 none", "dp2 teacher", "dp2 parameters selective", "hsdp 2x2 parameters",
+}  # fmt: skip
+"""For `make check`: every axis, shard level, schedule and kind of recomputation, and a teacher."""
+NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
+DOUBLE = [each for each in NAMES if CASES[str(each.values[0])].precision is Precision.fp64]
+SINGLE = [each for each in NAMES if each not in DOUBLE and each.values != ("float32",)]
 
 
-def every_layout(rank: int, world_size: int) -> dict[str, Run | None]:
+def train_each(rank: int, world_size: int, names: list[str]) -> dict[str, Run | None]:
     results: dict[str, Run | None] = {}
-    for name, each in LAYOUTS[world_size].items():
+    for name in names:
+        each = CASES[name]
         mesh = init(CpuBackend(), each.parallel)
         run = train(build_engine(mesh, each), each)
         results[name] = run if rank == 0 else None
@@ -129,13 +138,23 @@ def every_layout(rank: int, world_size: int) -> dict[str, Run | None]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run of a layout, made together with those of as many ranks that are as quick."""
+
     @functools.cache
-    def at(world_size: int) -> dict[str, Run]:
+    def together(world_size: int, is_quick: bool) -> dict[str, Run]:
+        names = [name for name in LAYOUTS[world_size] if (name in QUICK) is is_quick]
         folder = tmp_path_factory.mktemp("layouts")
-        results: dict[str, Run] = run_ranks(every_layout, world_size, tmp_path=folder)[0]
+        results: dict[str, Run] = run_ranks(train_each, world_size, names, tmp_path=folder)[0]
         return results
 
-    return at
+    return lambda name: together(SIZES[name], name in QUICK)[name]
+
+
+def test_the_quick_layouts_are_of_every_kind() -> None:
+    quick = [CASES[name].parallel for name in QUICK]
+    assert {each.schedule for each in quick if each.pp > 1} == set(PipelineSchedule)
+    assert {each.shard for each in quick if each.pp == each.tp == 1} == set(Shard)
+    assert len(CASES) == sum(len(cases) for cases in LAYOUTS.values()), "names are unique"
 
 
 @functools.cache
@@ -143,10 +162,10 @@ def expected_run(case: Case) -> Run:
     return oracle(case)
 
 
-@pytest.mark.parametrize(("world_size", "name"), DOUBLE)
-def test_equals_one_process(runs: Any, world_size: int, name: str) -> None:
-    each = LAYOUTS[world_size][name]
-    actual: Run = runs(world_size)[name]
+@pytest.mark.parametrize("name", DOUBLE)
+def test_equals_one_process(runs: Any, name: str) -> None:
+    each = CASES[name]
+    actual: Run = runs(name)
     expected = expected_run(each.oracle())
     assert actual.gradients.keys() == expected.gradients.keys()
     for parameter, gradient in expected.gradients.items():
@@ -160,20 +179,20 @@ def test_equals_one_process(runs: Any, world_size: int, name: str) -> None:
     assert max(actual.norms) > limit, "clipping must be active once"
 
 
-@pytest.mark.parametrize("name", [name for name in TWO if "float32" in name])
+@pytest.mark.parametrize("name", SINGLE)
 def test_equals_one_process_in_float32(runs: Any, name: str) -> None:
     """Without spikes, whose counts a last bit can flip (`smoke_fp32` of the design)."""
-    actual: Run = runs(2)[name]
-    expected: Run = runs(1)["float32"]
+    actual: Run = runs(name)
+    expected: Run = runs("float32")
     assert_close(actual.losses, expected.losses, relative=FLOAT32_LOSS, name="losses")
     assert_close(actual.norms, expected.norms, relative=FLOAT32_NORM, name="norms")
 
 
-@pytest.mark.parametrize(("world_size", "name"), NAMES)
-def test_spikes_are_counted_as_in_one_process(runs: Any, world_size: int, name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_spikes_are_counted_as_in_one_process(runs: Any, name: str) -> None:
     """Of all channels and tokens, once each: whatever is cut, recomputed or traced."""
-    each = LAYOUTS[world_size][name]
-    actual: Run = runs(world_size)[name]
+    each = CASES[name]
+    actual: Run = runs(name)
     if not each.spiking:
         assert actual.statistics == {}
         return

@@ -26,12 +26,12 @@ from tests.parallel.engine_cases import (
     build_engine,
     config_of,
     gather,
-    plain_model,
     rows_of,
     spikes_of,
     spiking_of,
     train_step,
 )
+from tests.parallel.engine_oracle import plain_model
 from tests.parallel.test_layout_matrix import INTERLEAVED, ZERO_BUBBLE, case
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks

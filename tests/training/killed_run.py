@@ -29,6 +29,8 @@ from training.run import run
 from training.step import Stepper
 
 NAME_EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+KILLED = "killed"
+"""What a dying rank leaves beside the files that are named by pids, whoever reports its end."""
 KINDS = ("row", "step", "snapshot", "file", "name", "folder")
 """`file` and `name` are the checkpoints'; `folder` is both of everything else in the run folder."""
 
@@ -53,7 +55,7 @@ class Events:
         self._checkpoints = str(run_dir / "checkpoints" / "")
         self._kill = kill if kill is not None and kill.rank == rank else None
         self._pids = pids
-        (pids / str(rank)).write_text(str(os.getpid()))
+        (pids / str(os.getpid())).touch()
 
     def happened(self, kind: str) -> None:
         self.counts[kind] += 1
@@ -73,9 +75,11 @@ class Events:
 
     def _die(self) -> None:
         assert self._kill is not None
-        for path in self._pids.iterdir() if self._kill.takes_all else ():
-            if int(path.read_text()) != os.getpid():
-                os.kill(int(path.read_text()), signal.SIGKILL)
+        pids = [int(path.name) for path in self._pids.iterdir()]
+        (self._pids / KILLED).touch()
+        for pid in pids if self._kill.takes_all else ():
+            if pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:

@@ -109,6 +109,7 @@ def test_a_layout_that_cannot_run_is_refused(
     ],
 )
 def test_a_layout_that_fits_passes(changes: dict[str, Any], dp_size: int) -> None:
+    """The nearest neighbours of what is refused above: nothing is raised."""
     check(config_with(**changes), dp_size=dp_size)
 
 

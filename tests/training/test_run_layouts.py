@@ -39,6 +39,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     4: {"tp2 pp2": {"tp": 2, "pp": 2, "sequence_parallel": True}},
 }
 SIZES = {name: size for size, layouts in LAYOUTS.items() for name in layouts}
+QUICK = ("one", "tp2 sequence", "pp2 interleaved")
 PAIRS = [
     ("tp2", "dp2"),
     ("pp2", "tp2 sequence"),
@@ -47,6 +48,18 @@ PAIRS = [
     ("tp2 pp2", "pp2 zero bubble"),
     ("pp2 interleaved", "tp2 pp2"),
 ]
+
+
+def is_quick(*layouts: str) -> bool:
+    return set(layouts) <= set(QUICK)
+
+
+def marks(*layouts: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if is_quick(*layouts) else (pytest.mark.slow,)
+
+
+EACH = [pytest.param(name, marks=marks(name)) for name in SIZES if name != "one"]
+EACH_PAIR = [pytest.param(*pair, marks=marks(*pair)) for pair in PAIRS]
 
 
 def config_of(data: Path, run_dir: Path, layout: str, **changes: Any) -> RunConfig:
@@ -93,22 +106,42 @@ class Runs:
         return self.folder / f"{layout} warm"
 
 
-@pytest.fixture(scope="module")
-def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    runs = Runs(tmp_path_factory.mktemp("layouts"))
-    run_by_size(runs.folder, {name: [config_of(data, runs.whole(name), name)] for name in SIZES})
+def make(data: Path, runs: Runs, layouts: list[str], pairs: list[tuple[str, str]]) -> None:
+    """Whole and warm runs at `layouts`, and those that change the layout as `pairs` do."""
+    run_by_size(runs.folder, {name: [config_of(data, runs.whole(name), name)] for name in layouts})
     second: dict[str, list[RunConfig]] = {}
-    for first, then in PAIRS:
+    for first, then in pairs:
         run_dir = runs.resumed(first, then)
         shutil.copytree(runs.whole(first), run_dir)
         shutil.rmtree(run_dir / "checkpoints" / f"step_{NUM_STEPS:08d}")
         second.setdefault(then, []).append(config_of(data, run_dir, then))
     weights = {"checkpoint": str(runs.whole("one"))}
-    for name in SIZES:
+    for name in layouts:
         warm = config_of(data, runs.warm(name), name, init=weights)
         second.setdefault(name, []).append(warm)
     run_by_size(runs.folder, second)
+
+
+@pytest.fixture(scope="module")
+def quick(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("layouts"))
+    make(data, runs, list(QUICK), [pair for pair in PAIRS if is_quick(*pair)])
     return runs
+
+
+@pytest.fixture(scope="module")
+def every(data: Path, quick: Runs) -> Runs:
+    slow = [name for name in SIZES if not is_quick(name)]
+    make(data, quick, slow, [pair for pair in PAIRS if not is_quick(*pair)])
+    return quick
+
+
+@pytest.fixture
+def runs(request: pytest.FixtureRequest) -> Runs:
+    """The quick runs, and all others for a test that is marked slow."""
+    is_slow = request.node.get_closest_marker("slow") is not None
+    found: Runs = request.getfixturevalue("every" if is_slow else "quick")
+    return found
 
 
 def assert_same_rows(found: Path, expected: Path, *, counted_alike: bool) -> None:
@@ -151,21 +184,21 @@ def test_the_oracle_has_something_to_compare(runs: Runs) -> None:
     assert max(targets) > 4 * 16, "held-out rows beyond the last whole microbatch must count"
 
 
-@pytest.mark.parametrize("layout", [name for name in SIZES if name != "one"])
+@pytest.mark.parametrize("layout", EACH)
 def test_a_layout_trains_and_evaluates_as_one_process(runs: Runs, layout: str) -> None:
     found, expected = runs.whole(layout), runs.whole("one")
     assert_same_rows(found, expected, counted_alike=layout != "dp2")
     assert_same_end(found, expected)
 
 
-@pytest.mark.parametrize(("first", "then"), PAIRS)
+@pytest.mark.parametrize(("first", "then"), EACH_PAIR)
 def test_a_run_goes_on_under_another_layout(runs: Runs, first: str, then: str) -> None:
     found, expected = runs.resumed(first, then), runs.whole("one")
     assert_same_rows(found, expected, counted_alike="dp2" not in (first, then))
     assert_same_end(found, expected)
 
 
-@pytest.mark.parametrize("layout", [name for name in SIZES if name != "one"])
+@pytest.mark.parametrize("layout", EACH)
 def test_weights_of_another_layout_start_a_run(runs: Runs, layout: str) -> None:
     """`init.checkpoint`: every rank takes its part and knows what the others take."""
     found, expected = runs.warm(layout), runs.warm("one")

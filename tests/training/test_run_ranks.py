@@ -99,7 +99,9 @@ def limited_run(rank: int, world_size: int, config: RunConfig, limit: int) -> st
     return "no error"
 
 
-@pytest.mark.parametrize("limit", [2_000, 20_000, 60_000])
+@pytest.mark.parametrize(
+    "limit", [20_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (2_000, 60_000))]
+)
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(
     data: Path, tmp_path: Path, limit: int
 ) -> None:
