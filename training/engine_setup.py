@@ -41,7 +41,7 @@ def build_engine(
 ) -> TorchEngine:
     """The engine with its parameters drawn from the seed, or NaN where a checkpoint fills them.
 
-    A teacher's weights are loaded.
+    A teacher's weights are loaded. Collective.
 
     Raises:
         ValueError: a freeze pattern that matches nothing, or that leaves nothing to train.
@@ -65,7 +65,7 @@ def build_engine(
         teacher=teacher_spec(config, teacher),
         loss_chunk_tokens=config.training.loss_chunk_tokens,
     )
-    load_teacher(engine.teacher, teacher)
+    load_teacher(engine.teacher, teacher, mesh)
     return engine
 
 
