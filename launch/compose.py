@@ -177,12 +177,14 @@ def _prune_missing(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fail(error: Exception, *, status: int) -> None:
-    """Print one clear error and leave; ranks above 0 name themselves."""
+    """Print one clear error and leave; ranks above 0 name themselves.
+
+    Every rank speaks, because the first that leaves makes its launcher end the others at once.
+    """
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error on rank {rank}"
-    if status != 2 or rank == "0":
-        sys.stderr.write(f"{prefix}: {error}\n")
-        if status == 1:
-            sys.stderr.write("(SYNFIRE_TRACEBACK=1 shows where it was raised)\n")
+    hint = "(SYNFIRE_TRACEBACK=1 shows where it was raised)\n" if status == 1 else ""
+    # In one piece, so that the lines of ranks do not mix.
+    sys.stderr.write(f"{prefix}: {error}\n{hint}")
     # Other ranks may hold collectives open, and a clean exit would wait for them.
     leave(status)

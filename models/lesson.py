@@ -7,8 +7,8 @@ stays the cross entropy. Knows no ranks; `parallel.teacher` runs the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,42 +27,45 @@ class Goals:
     temperature: float
 
 
-@dataclass(slots=True)
 class Lesson:
-    """One microbatch, as the teacher sees it.
+    """One microbatch, as the teacher sees it; adds up what the student's differs by.
+
+    No dataclass: of those among a forward's arguments FSDP's mixed precision makes copies, whose
+    floating-point tensors are cast, and sums would be lost in them.
 
     Args:
         goals: what counts how much.
         labels: `[B, T]`; masked tokens teach nothing.
-        streams: the teacher's residual stream `[B, T, D]` after each layer of this part (with
-            `goals.hidden`); this rank's tokens of it.
+        streams: the teacher's residual stream `[B, T, D]` after each layer of this part, by layer
+            (empty without `goals.hidden`); this rank's tokens of it.
         share: which tokens of the rows the residual stream holds.
         head: the teacher's final-normed hidden states and its head's weight, on a part with the
             head (with `goals.kl`).
         scale: what the sum of all losses is multiplied by (1 / number of targets).
     """
 
-    goals: Goals
-    labels: Tensor
-    streams: Sequence[Tensor]
-    first_layer: int
-    share: TokenShare
-    head: tuple[Tensor, Tensor] | None
-    scale: float
-    hidden_sum: Tensor = field(init=False)
-    kl_sum: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.hidden_sum = torch.zeros((), dtype=torch.float64, device=self.labels.device)
+    def __init__(
+        self,
+        goals: Goals,
+        labels: Tensor,
+        streams: Mapping[int, Tensor],
+        *,
+        share: TokenShare,
+        head: tuple[Tensor, Tensor] | None,
+        scale: float,
+    ) -> None:
+        self.goals, self.head = goals, head
+        self._labels, self._streams, self._share, self._scale = labels, streams, share, scale
+        self.hidden_sum = torch.zeros((), dtype=torch.float64, device=labels.device)
         self.kl_sum = torch.zeros_like(self.hidden_sum)
 
     def compare(self, layer: int, stream: Tensor) -> Tensor:
         """The student's stream after a layer, now with the gradient of its difference."""
-        if not self.streams:
+        if not self._streams:
             return stream
-        count = self.labels.shape[1] // self.share.count
-        labels = self.labels.narrow(1, self.share.index * count, count)
-        difference = hidden_mse(stream, self.streams[layer - self.first_layer], labels)
+        count = self._labels.shape[1] // self._share.count
+        labels = self._labels.narrow(1, self._share.index * count, count)
+        difference = hidden_mse(stream, self._streams[layer], labels)
         self.hidden_sum += difference.detach()
         return self._attach(stream, difference, self.goals.hidden)
 
@@ -72,7 +75,7 @@ class Lesson:
         return self._attach(loss, divergence, self.goals.kl)
 
     def _attach(self, value: Tensor, loss: Tensor, weight: float) -> Tensor:
-        out: Tensor = _Attach.apply(value, loss, weight * self.scale)  # type: ignore[no-untyped-call]
+        out: Tensor = _Attach.apply(value, loss, weight * self._scale)  # type: ignore[no-untyped-call]
         return out
 
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from parallel.checkpoint_folders import (
     step_directory,
     verify,
 )
-from parallel.mesh import Mesh, RankError
+from parallel.mesh import Mesh, RankError, agreed
 from parallel.safe_metadata import UnsafeMetadataError, read_metadata, stored_tensors
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
     "set_aside", "step_directory", "tensor_dtypes", "tensor_shapes", "verify",
 ]  # fmt: skip
 
-Result = TypeVar("Result")
 AddFiles = Callable[[Path], None]
 
 
@@ -73,7 +72,7 @@ def save(
     temporary = directory.with_name(f".{directory.name}.partial")
     is_main = mesh is None or mesh.is_main
     try:
-        _agree(mesh, "preparing", lambda: _prepare(directory, temporary) if is_main else None)
+        agreed(mesh, "preparing", lambda: _prepare(directory, temporary) if is_main else None)
         written = _write(temporary, tensors, mesh)
 
         def complete() -> None:
@@ -82,7 +81,7 @@ def save(
                 _write_manifest(temporary, manifest, written)
                 _rename(temporary, directory)
 
-        _agree(mesh, "completing", complete)
+        agreed(mesh, "completing", complete)
     except (Exception, CheckpointException) as error:
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -124,7 +123,7 @@ def load(
     if not is_verified:
         verify(directory, mesh=mesh)
     try:
-        _agree(mesh, f"loading {directory}", lambda: read_boxes(directory, tensors))
+        agreed(mesh, f"loading {directory}", lambda: read_boxes(directory, tensors))
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
         raise CheckpointError(
             f"checkpoint ({directory}) could not be loaded: {_reason(error)}"
@@ -158,10 +157,6 @@ def tensor_dtypes(directory: Path) -> dict[str, torch.dtype]:
     """Stored dtype of every tensor by key; reads no tensor."""
     entries = stored_tensors(read_metadata(directory))
     return {name: entry.properties.dtype for name, entry in entries.items()}
-
-
-def _agree(mesh: Mesh | None, action: str, work: Callable[[], Result]) -> Result:
-    return work() if mesh is None else mesh.agree(action, work)
 
 
 def _prepare(directory: Path, temporary: Path) -> None:

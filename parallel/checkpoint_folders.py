@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint_files import file_facts
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, agreed
 from parallel.safe_metadata import FILE_NAME as METADATA_NAME
 
 logger = logging.getLogger(__name__)
@@ -77,15 +77,16 @@ def verify(directory: Path, *, mesh: Mesh | None = None) -> None:
     Raises:
         DamagedCheckpointError: naming each file that is missing, cut short or changed.
     """
-    files: dict[str, dict[str, Any]] = read_manifest(directory)["files"]
     rank, size = (mesh.rank, mesh.size) if mesh is not None else (0, 1)
-    problems = [
-        problem
-        for name in sorted(files)[rank::size]
-        if (problem := _problem(directory / name, files[name])) is not None
-    ]
-    if METADATA_NAME not in files:
-        problems.append(f"{METADATA_NAME} is not in the manifest")
+
+    def look() -> list[str]:
+        files: dict[str, dict[str, Any]] = read_manifest(directory)["files"]
+        found = [_problem(directory / name, files[name]) for name in sorted(files)[rank::size]]
+        if METADATA_NAME not in files:
+            found.append(f"{METADATA_NAME} is not in the manifest")
+        return [problem for problem in found if problem is not None]
+
+    problems = agreed(mesh, f"checking {directory}", look)
     if mesh is not None:
         problems = [problem for part in mesh.gather(problems) for problem in part]
     if problems:
@@ -105,7 +106,7 @@ def newest_complete(
     Raises:
         CheckpointError: there are checkpoints and every one of them is damaged.
     """
-    names = _step_names(run_dir)
+    names = agreed(mesh, f"looking into {run_dir}", lambda: _step_names(run_dir))
     if mesh is not None:
         names = mesh.broadcast(names)
     for name in reversed(names):

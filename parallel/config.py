@@ -174,12 +174,19 @@ class ParallelConfig:
             )
         if self.stage_layers is None:
             return
-        if len(self.stage_layers) != self.num_stages or min(self.stage_layers, default=0) < 0:
+        if len(self.stage_layers) != self.num_stages:
             raise ValueError(
-                f"parallel.stage_layers ({self.stage_layers}) must give one number of layers, 0 or "
-                f"more, for each stage: got {len(self.stage_layers)} numbers for pp {self.pp} x "
+                f"parallel.stage_layers ({self.stage_layers}) must give one number of layers for "
+                f"each stage: got {len(self.stage_layers)} numbers for pp {self.pp} x "
                 f"{self.stages_per_rank} stages. Correct the list, or leave it null."
             )
+        for stage, num_layers in enumerate(self.stage_layers):
+            if num_layers < 0:
+                raise ValueError(
+                    f"parallel.stage_layers ({self.stage_layers}) must give 0 layers or more to "
+                    f"each stage: got {num_layers} for stage {stage}. Correct the list, or leave "
+                    "it null."
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -190,6 +190,11 @@ class Mesh:
         return result  # type: ignore[return-value]  # no problem means that work returned
 
 
+def agreed(mesh: Mesh | None, action: str, work: Callable[[], Value]) -> Value:
+    """`Mesh.agree`, or `work` alone in a process that has no mesh."""
+    return work() if mesh is None else mesh.agree(action, work)
+
+
 def init(
     backend: Backend, config: ParallelConfig, *, environment: Mapping[str, str] | None = None
 ) -> Mesh:

@@ -51,10 +51,10 @@ class TeacherPart:
         self, x: Tensor, sequence: SequenceContext, labels: Tensor, *, num_targets: int
     ) -> Shown:
         """Run tokens or the teacher's stream through this part."""
-        streams: list[Tensor] = []
+        streams: dict[int, Tensor] = {}
 
-        def keep(_layer: int, stream: Tensor) -> Tensor:
-            streams.append(stream)
+        def keep(layer: int, stream: Tensor) -> Tensor:
+            streams[layer] = stream
             return stream
 
         wants_streams = self._goals.hidden > 0
@@ -63,13 +63,7 @@ class TeacherPart:
         if self._goals.kl > 0 and isinstance(self.model.head, Head):
             head = (self.model.head.enter(out), self.model.head_weight)
         lesson = Lesson(
-            self._goals,
-            labels,
-            streams,
-            self.model.part.first_layer,
-            self._share,
-            head,
-            scale=1 / num_targets,
+            self._goals, labels, streams, share=self._share, head=head, scale=1 / num_targets
         )
         return Shown(out, lesson)
 

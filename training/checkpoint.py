@@ -28,6 +28,7 @@ from training.state import TrainState, chain
 
 if TYPE_CHECKING:
     from training.origin import Origin
+    from training.weight_source import WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -54,16 +55,21 @@ class Checkpoints:
 
     @classmethod
     def open(
-        cls, config: RunConfig, data: RunData, engine: Engine, mesh: Mesh, origin: Origin
+        cls,
+        config: RunConfig,
+        facts: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        engine: Engine,
+        mesh: Mesh,
     ) -> Checkpoints:
-        """The checkpoints of a run that started from `origin`. Collective."""
+        """The checkpoints of a run; `facts` are `manifest_facts`. Collective."""
         return cls(
             run_dir=Path(config.run_dir),
             config=config.checkpoint,
             engine=engine,
             mesh=mesh,
-            tokenizer=data.tokenizer,
-            facts=manifest_facts(config, data, origin),
+            tokenizer=tokenizer,
+            facts=facts,
             writer=CheckpointWriter(mesh) if config.checkpoint.asynchronous else None,
         )
 
@@ -168,7 +174,9 @@ def tensors(engine: Engine) -> dict[str, Box]:
     }
 
 
-def manifest_facts(config: RunConfig, data: RunData, origin: Origin) -> dict[str, Any]:
+def manifest_facts(
+    config: RunConfig, data: RunData, origin: Origin, teacher: WeightSource | None
+) -> dict[str, Any]:
     """The manifest's entries that are the same in every checkpoint of a run."""
     resolved = plain(config)
     return {
@@ -185,6 +193,7 @@ def manifest_facts(config: RunConfig, data: RunData, origin: Origin) -> dict[str
         "config_hash": config_hash(resolved),
         "new_parameters": list(origin.new_parameters),
         "weights": origin.weights,
+        "teacher": None if teacher is None else teacher.identity(),
         "wandb_run_id": origin.run_id,
         "versions": library_versions(),
     }

@@ -13,7 +13,8 @@ from parallel.engine import TorchEngine
 from parallel.engine_protocol import ParamGroup
 from parallel.mesh import Mesh
 from training.config import RunConfig
-from training.layout import cut_stages, ineffective_options
+from training.ineffective import ineffective_options
+from training.layout import cut_stages
 from training.layout_table import layout_lines
 from training.metrics import Throughput
 from training.optimizer import build_groups
@@ -40,7 +41,7 @@ def build_engine(
 ) -> TorchEngine:
     """The engine with its parameters drawn from the seed, or NaN where a checkpoint fills them.
 
-    A teacher's weights are loaded.
+    A teacher's weights are loaded. Collective.
 
     Raises:
         ValueError: a freeze pattern that matches nothing, or that leaves nothing to train.
@@ -64,7 +65,7 @@ def build_engine(
         teacher=teacher_spec(config, teacher),
         loss_chunk_tokens=config.training.loss_chunk_tokens,
     )
-    load_teacher(engine.teacher, teacher)
+    load_teacher(engine.teacher, teacher, mesh)
     return engine
 
 
@@ -89,8 +90,8 @@ def describe(config: RunConfig, backend: Backend, mesh: Mesh) -> None:
         kernels = (names["linear_attention"], names["softmax_attention"])
         for line in layout_lines(config, mesh, kernels=kernels):
             logger.info("%s", line)
-    for line in ineffective_options(config.parallel):
-        logger.warning("%s", line)
+        for line in ineffective_options(config):
+            logger.warning("%s", line)
 
 
 def _describe_groups(groups: list[ParamGroup], num_names: int) -> None:

@@ -42,20 +42,23 @@ class HeldOut:
     ) -> HeldOut:
         """Read the rows now, so that a folder without held-out text is an error at the start.
 
+        Collective.
+
         Raises:
             ValueError: a prepared folder without held-out text.
         """
         wanted = plan.stages if config.evaluation.interval_steps > 0 else ()
+        rows = mesh.agree(
+            "reading held-out rows",
+            lambda: {s.name: _stage_rows(s, data, mesh, config.evaluation.rows) for s in wanted},
+        )
         return cls(
             engine=engine,
             spiking=config.spiking,
             interval_steps=config.evaluation.interval_steps,
             microbatch_rows=config.training.microbatch_rows,
             window_tokens=config.model.visible_window_tokens,
-            rows={
-                stage.name: _stage_rows(stage, data, mesh, config.evaluation.rows)
-                for stage in wanted
-            },
+            rows=rows,
         )
 
     def is_due(self, step: int, *, total_steps: int) -> bool:

@@ -5,7 +5,7 @@ Owns no mechanism: what divides what, and which combinations no engine can run.
 
 from __future__ import annotations
 
-from parallel.config import ParallelConfig, PipelineSchedule, Shard
+from parallel.config import PipelineSchedule
 from parallel.pipeline_cut import StageCut, check_microbatches, cut
 from parallel.split_backward import check_split_backward
 from parallel.tensor_parallel import check_sequence_length, check_tensor_parallel
@@ -42,23 +42,3 @@ def check_layout(config: RunConfig, plan: StagePlan, *, dp_size: int) -> None:
     if parallel.pp > 1 and parallel.schedule is PipelineSchedule.zero_bubble:
         check_split_backward()
     check_recomputation(training, config.model, parallel, stages)
-
-
-def ineffective_options(parallel: ParallelConfig) -> list[str]:
-    """Layout options that were asked for and change nothing here, as sentences."""
-    default, lines = ParallelConfig(), []
-    if parallel.pp == 1 and parallel.schedule is not default.schedule:
-        lines.append(
-            f"parallel.schedule ({parallel.schedule.value}) has no effect for parallel.pp 1."
-        )
-    if parallel.tp == 1 and parallel.vocab_multiple != default.vocab_multiple:
-        lines.append(
-            f"parallel.vocab_multiple ({parallel.vocab_multiple}) has no effect for parallel.tp 1."
-        )
-    is_split = parallel.pp > 1 and parallel.schedule is PipelineSchedule.zero_bubble
-    if is_split and parallel.shard is Shard.parameters:
-        lines.append(
-            "parallel.shard (parameters) acts as gradients for parallel.schedule zero_bubble: its "
-            "split backward needs parameters that stay gathered."
-        )
-    return lines

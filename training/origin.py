@@ -56,7 +56,7 @@ def find_origin(config: RunConfig, data: RunData, mesh: Mesh) -> Origin:
     """
     resume = newest_complete(Path(config.run_dir), mesh=mesh)
     if resume is not None:
-        manifest = read_manifest(resume)
+        manifest = mesh.agree(f"reading {resume}", lambda: read_manifest(resume))
         new_parameters = tuple(manifest["new_parameters"])
         weights = manifest.get("weights")
         if mesh.is_main and weights is not None:
@@ -67,7 +67,7 @@ def find_origin(config: RunConfig, data: RunData, mesh: Mesh) -> Origin:
     run_id = mesh.broadcast(new_run_id())
     if config.init.checkpoint is None:
         return Origin(None, {}, None, (), run_id, None)
-    source = open_weights(config.init.checkpoint, mesh=mesh)
+    source = open_weights(config.init.checkpoint, key="init.checkpoint", mesh=mesh)
     check_same_tokenizer(source.path, source.tokenizer_sha256, data.tokenizer.sha256)
     shapes = parameter_shapes(config.model)
     report = match_weights(shapes, source, config.init)
@@ -105,14 +105,21 @@ def restore(
     """
     if origin.resume is not None:
         state = TrainState.from_manifest(origin.manifest)
-        check_resumable(origin.manifest, state, plan, data)
+        mesh.agree(
+            "comparing the run's stages and data",
+            lambda: check_resumable(origin.manifest, state, plan, data),
+        )
         load_everything(engine, origin.resume, origin.manifest, mesh)
         logger.info("resumed from %s after step %d", origin.resume, state.step)
         return state
-    if origin.source is not None:
+    source = origin.source
+    if source is not None:
         shapes = parameter_shapes(config.model)
-        report = load_weights(engine.parameters, shapes, origin.source, config.init)
-        logger.info("weights from %s: %s", origin.source.path, report.describe())
+        report = mesh.agree(
+            f"loading init.checkpoint ({source.path})",
+            lambda: load_weights(engine.parameters, shapes, source, config.init),
+        )
+        logger.info("weights from %s: %s", source.path, report.describe())
     else:
         logger.info("weights: random, seed %d", config.seed)
     return TrainState()

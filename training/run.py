@@ -13,7 +13,7 @@ from parallel import mesh as meshes
 from parallel.backend.base import Backend
 from parallel.backend.detect import detect
 from parallel.mesh import Mesh
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, manifest_facts
 from training.config import RunConfig
 from training.engine_setup import build_engine, describe, memory_bytes, throughput
 from training.health import StopRequest
@@ -52,8 +52,8 @@ def run(config: RunConfig) -> bool:
         data = open_data(plan, config, mesh)
         origin = find_origin(config, data, mesh)
         if origin.resume is not None:
-            check_unchanged(run_dir / CONFIG, config)
-        teacher = open_teacher(config, data, mesh)
+            mesh.agree("comparing the config", lambda: check_unchanged(run_dir / CONFIG, config))
+        teacher = open_teacher(config, data, mesh, origin)
         engine = build_engine(config, backend, mesh, origin, teacher)
         state = restore(engine, origin, config, plan, data, mesh)
         stepper = Stepper(
@@ -65,7 +65,8 @@ def run(config: RunConfig) -> bool:
             memory_bytes=lambda: memory_bytes(backend),
         )
         held_out = HeldOut.open(config, plan, data, engine, mesh)
-        checkpoints = Checkpoints.open(config, data, engine, mesh, origin)
+        facts = manifest_facts(config, data, origin, teacher)
+        checkpoints = Checkpoints.open(config, facts, data.tokenizer, engine, mesh)
         folder = open_folder(config, state, origin.run_id, plan, mesh)
         with closing(folder) as sinks, closing(checkpoints):
             loop = Loop(mesh, plan, data, stepper, checkpoints, sinks, held_out, stop)

@@ -56,6 +56,10 @@ def open_data(plan: StagePlan, config: RunConfig, mesh: Mesh) -> RunData:
         ValueError: a missing or damaged folder, a vocabulary larger than the model's, two
             tokenizers.
     """
+    return mesh.agree("opening the prepared data", lambda: _open_data(plan, config, mesh))
+
+
+def _open_data(plan: StagePlan, config: RunConfig, mesh: Mesh) -> RunData:
     sources: dict[str, dict[Path, float]] = {}
     for stage in plan.stages:
         _check_corpus_vocabulary(stage.data, config.model.vocab_size)
@@ -65,12 +69,8 @@ def open_data(plan: StagePlan, config: RunConfig, mesh: Mesh) -> RunData:
     _check_one_tokenizer(manifests)
     for path, manifest in manifests.items():
         check_vocabulary(path, manifest.vocab_size, config.model.vocab_size)
-
-    def check() -> None:
-        for path, manifest in manifests.items() if mesh.is_main else ():
+        if mesh.is_main:
             check_contents(path, manifest)
-
-    mesh.agree("checking the prepared data", check)
     return RunData(
         sources={name: tuple(paths) for name, paths in sources.items()},
         stages={

@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from models.conversion.convert import plan_conversion
 from models.conversion.huggingface import SafetensorsFolder
 from models.conversion.source_config import read_config, read_format
 from parallel import checkpoint
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, agreed
 
 logger = logging.getLogger(__name__)
 
@@ -56,44 +57,78 @@ class WeightSource:
 
 
 def open_weights(
-    path: str | Path, *, mesh: Mesh | None = None, check_files: bool = True
+    path: str | Path,
+    *,
+    key: str = "checkpoint",
+    mesh: Mesh | None = None,
+    check_files: bool = True,
 ) -> WeightSource:
     """Look at a run folder, a checkpoint or a Hugging Face folder without loading weights.
 
     Args:
         path: the folder; of a run, its newest complete checkpoint is taken.
+        key: what the folder is called in the config, for errors.
         mesh: ranks that open it together, take the same checkpoint and share its hashing out.
         check_files: compare a Synfire checkpoint with its hashes. A Hugging Face folder has none.
 
     Raises:
         ValueError: nothing of the three, or a run folder without a complete checkpoint.
         CheckpointError: a damaged checkpoint.
+        RankError: a folder that some ranks cannot read.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(
-            f"checkpoint ({folder}) must be a folder: got nothing there. Give a run folder, one "
-            "checkpoint or a Hugging Face folder."
-        )
-    checkpoints = checkpoint.step_directory(folder, 0).parent
-    if checkpoints.is_dir():
+    action = f"opening {key} ({folder})"
+    kind = agreed(mesh, action, lambda: _kind_of(folder, key))
+    if kind is _Kind.run:
         newest = checkpoint.newest_complete(folder, mesh=mesh, check_files=check_files)
         if newest is None:
             raise ValueError(
-                f"checkpoint ({folder}) must hold a complete checkpoint: got none under "
-                f"{checkpoints}. Train longer, or give another folder."
+                f"{key} ({folder}) must hold a complete checkpoint: got none under "
+                f"{_checkpoints_of(folder)}. Train longer, or give another folder."
             )
-        return _synfire(newest)
+        folder = newest
+    elif kind is _Kind.checkpoint and check_files:
+        checkpoint.verify(folder, mesh=mesh)
+    read = _hugging_face if kind is _Kind.hugging_face else _synfire
+    return agreed(mesh, action, lambda: read(folder))
+
+
+def kept_checkpoint(path: str | Path, identity: Mapping[str, Any]) -> Path | None:
+    """The checkpoint of a run folder that had this identity, newest or not; None if it is gone."""
+    folder = _checkpoints_of(Path(path)) / Path(identity["path"]).name
+    try:
+        found = open_weights(folder, check_files=False).fingerprint()
+    except (ValueError, OSError, checkpoint.CheckpointError):
+        return None
+    return folder if found == identity["fingerprint"] else None
+
+
+class _Kind(Enum):
+    run = "run"
+    checkpoint = "checkpoint"
+    hugging_face = "hugging_face"
+
+
+def _kind_of(folder: Path, key: str) -> _Kind:
+    if not folder.is_dir():
+        raise ValueError(
+            f"{key} ({folder}) must be a folder: got nothing there. Give a run folder, one "
+            "checkpoint or a Hugging Face folder."
+        )
+    if _checkpoints_of(folder).is_dir():
+        return _Kind.run
     if (folder / "manifest.json").is_file():
-        if check_files:
-            checkpoint.verify(folder, mesh=mesh)
-        return _synfire(folder)
+        return _Kind.checkpoint
     if (folder / "config.json").is_file():
-        return _hugging_face(folder)
+        return _Kind.hugging_face
     raise ValueError(
-        f"checkpoint ({folder}) must be a run folder (checkpoints/), a Synfire checkpoint "
+        f"{key} ({folder}) must be a run folder (checkpoints/), a Synfire checkpoint "
         "(manifest.json) or a Hugging Face folder (config.json): got none of them."
     )
+
+
+def _checkpoints_of(run_dir: Path) -> Path:
+    return checkpoint.step_directory(run_dir, 0).parent
 
 
 def _synfire(folder: Path) -> WeightSource:

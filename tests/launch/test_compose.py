@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,9 +174,9 @@ def test_a_quoted_prompt_loses_its_quotes_only() -> None:
     assert config.prompt == "def f(x):"
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "launch.train", *arguments],
+        [sys.executable, "-m", "launch.train", *arguments], env={**os.environ, **environment},
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -192,6 +193,15 @@ def test_exit_status_and_streams_of_a_real_process(tmp_path: Path) -> None:
     helped = launch("--help")
     assert helped.returncode == 0
     assert "python -m launch.train key=value" in helped.stdout
+
+
+def test_a_rank_above_0_says_why_it_leaves(tmp_path: Path) -> None:
+    """The first rank that leaves makes torchrun end the others, who may not have said anything."""
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    wrong = launch("parallel.tpp=2", f"run_dir={tmp_path / 'never'}", **place)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error on rank 1: parallel.tpp is not a known key")
+    assert "Traceback" not in wrong.stderr
 
 
 @pytest.mark.slow

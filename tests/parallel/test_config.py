@@ -57,10 +57,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"pp": 2, "stage_layers": [4]},
-        "parallel.stage_layers ([4]) must give one number of layers, 0 or more, for each stage: "
+        "parallel.stage_layers ([4]) must give one number of layers for each stage: "
         "got 1 numbers for pp 2 x 1 stages. Correct the list, or leave it null.",
     ),
-    ({"pp": 2, "stage_layers": [5, -1]}, "parallel.stage_layers ([5, -1]) must give one number"),
+    (
+        {"pp": 2, "stage_layers": [5, -1]},
+        "parallel.stage_layers ([5, -1]) must give 0 layers or more to each stage: got -1 for "
+        "stage 1. Correct the list, or leave it null.",
+    ),
     ({"pp": 2, "stage_layers": []}, "got 0 numbers for pp 2 x 1 stages."),
     (
         {"pp": 2, "stage_layers": [2, 2], "schedule": INTERLEAVED},

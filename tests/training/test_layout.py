@@ -1,4 +1,4 @@
-"""What a run refuses before anything is loaded, and the table that it prints."""
+"""What a layout asks of a run, refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 
-from parallel.backend.cpu import CpuBackend
-from tests.support.fake_ranks import fake_mesh
 from tests.training.tiny_run import tiny_run
 from training.config import RunConfig
-from training.engine_setup import describe
-from training.layout import check_layout, ineffective_options
+from training.layout import check_layout
 from training.stages import build_plan
 
 FOUR_LAYERS = {"mixers": "L S F L", "ffns": "d*4"}
@@ -111,29 +108,3 @@ def test_a_layout_that_cannot_run_is_refused(
 def test_a_layout_that_fits_passes(changes: dict[str, Any], dp_size: int) -> None:
     """The nearest neighbours of what is refused above: nothing is raised."""
     check(config_with(**changes), dp_size=dp_size)
-
-
-@pytest.mark.parametrize(
-    ("layout", "expected"),
-    [
-        ({}, []),
-        ({"pp": 2, "tp": 2, "schedule": "gpipe", "vocab_multiple": 4}, []),
-        ({"pp": 2, "schedule": "zero_bubble", "shard": "gradients"}, []),
-        ({"schedule": "gpipe"}, ["parallel.schedule (gpipe) has no effect for parallel.pp 1."]),
-        ({"vocab_multiple": 4}, ["parallel.vocab_multiple (4) has no effect for parallel.tp 1."]),
-        (
-            {"pp": 2, "schedule": "zero_bubble", "shard": "parameters"},
-            ["parallel.shard (parameters) acts as gradients for parallel.schedule zero_bubble: its "
-             "split backward needs parameters that stay gathered."],
-        ),
-    ],
-)  # fmt: skip
-def test_options_that_change_nothing_are_named(layout: dict[str, Any], expected: list[str]) -> None:
-    assert ineffective_options(config_with(parallel=layout).parallel) == expected
-
-
-def test_a_run_warns_of_options_that_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    config = config_with(parallel={"vocab_multiple": 4})
-    with fake_mesh(config.parallel, rank=0, world_size=1) as mesh, caplog.at_level("WARNING"):
-        describe(config, CpuBackend(), mesh)
-    assert caplog.messages == ["parallel.vocab_multiple (4) has no effect for parallel.tp 1."]

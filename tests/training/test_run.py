@@ -218,7 +218,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("corpus", {"data": {"path": None, "corpus": {"vocab_size": 301}}},
      r"data\.corpus\.vocab_size \(301\) must not be above model\.vocab_size: got 300"),
     ("data", {"data": {"path": "/nowhere"}}, r"data\.path \(/nowhere\) must be a prepared folder"),
-    ("init", {"init": {"checkpoint": "/nowhere"}}, r"checkpoint \(/nowhere\) must be a folder"),
+    ("init", {"init": {"checkpoint": "/nowhere"}}, r"^init\.checkpoint \(/nowhere\) must be"),
     ("schedule", {"schedule": {"warmup_steps": 4}}, r"stages\.short\.schedule\.warmup_steps"),
     ("max_steps", {"training": {"max_steps": 0}}, r"training\.max_steps \(0\) must be at least 1"),
 ]  # fmt: skip

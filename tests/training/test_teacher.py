@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ import pytest
 import torch
 
 from parallel.checkpoint import step_directory
-from tests.training.tiny_run import assert_same_run, prepare_data, rows_of, saved_tensors, tiny_run
+from tests.training.tiny_run import (
+    assert_same_run,
+    manifest_of,
+    prepare_data,
+    rows_of,
+    saved_tensors,
+    tiny_run,
+)
 from training.run import run
 
 
@@ -88,6 +96,46 @@ def test_a_taught_run_resumes_bit_for_bit(data: Path, tmp_path: Path, teacher: P
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+OTHER = "has other weights than those that this run has learned from"
+
+
+def test_a_resumed_run_keeps_its_teacher_while_that_is_there(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The teacher's own run may go on meanwhile; its newer checkpoints are not taken."""
+    school = tmp_path / "teacher"
+
+    def teach(steps: int, keep_last: int) -> None:
+        changes = {"training": {"max_steps": steps}, "checkpoint": {"keep_last": keep_last}}
+        run(tiny_run(data, school, spiking={"neuron": "off"}, **changes))
+
+    def learn(folder: str, steps: int) -> dict[str, Any]:
+        caplog.clear()
+        run(student(data, tmp_path / folder, school, training={"max_steps": steps}))
+        noted: dict[str, Any] = manifest_of(tmp_path / folder)["teacher"]
+        return noted
+
+    teach(2, keep_last=1)
+    learn("whole", 6)
+    began_with = learn("cut", 2)
+    assert began_with["path"] == str(step_directory(school, 2))
+    teach(4, keep_last=2)
+    assert learn("cut", 4) == began_with
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")[:4]
+    assert OTHER not in caplog.text
+    teach(6, keep_last=1)
+    assert learn("cut", 5)["path"] == str(step_directory(school, 6))
+    assert re.search(rf"training\.teacher \(.*step_00000006, fingerprint .*\) {OTHER}", caplog.text)
+    assert rows_of(tmp_path / "cut")[-1] != rows_of(tmp_path / "whole")[4]
+    assert learn("cut", 6)["path"] == str(step_directory(school, 6))
+    assert OTHER not in caplog.text
+
+
+def test_a_run_without_a_teacher_notes_none(data: Path, tmp_path: Path) -> None:
+    run(tiny_run(data, tmp_path / "run", training={"max_steps": 1}))
+    assert manifest_of(tmp_path / "run")["teacher"] is None
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "depth": (
         {"distill": {"hidden": 1.0}},
@@ -99,7 +147,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"training\.teacher \(vocab_size 300\) must have the student's vocab_size.*got 301",
     ),
     "no folder": (
-        {"training": {"teacher": "/nowhere"}}, r"checkpoint \(/nowhere\) must be a folder",
+        {"training": {"teacher": "/nowhere"}}, r"training\.teacher \(/nowhere\) must be a folder",
     ),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from models.layouts import is_new_parameter, parameter_layouts, parameter_shapes
 from parallel.boxes import Box, LazyTensor
 from parallel.checkpoint import CheckpointError, save_streamed, step_directory
 from training.config import InitConfig
-from training.weight_source import open_weights
+from training.weight_source import kept_checkpoint, open_weights
 from training.weights import (
     check_same_tokenizer,
     load_weights,
@@ -172,14 +172,28 @@ def test_other_token_ids_are_refused_and_unknown_ones_a_warning(
 
 
 def test_what_is_no_checkpoint_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must be a folder: got nothing there"):
+    with pytest.raises(ValueError, match=r"^checkpoint \(.*\) must be a folder: got nothing there"):
         open_weights(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"must be a run folder \(checkpoints/\), a Synfire"):
-        open_weights(tmp_path / "empty")
+    with pytest.raises(
+        ValueError, match=r"^a\.key \(.*\) must be a run folder \(checkpoints/\), a"
+    ):
+        open_weights(tmp_path / "empty", key="a.key")
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"must hold a complete checkpoint: got none"):
-        open_weights(tmp_path / "young")
+    with pytest.raises(
+        ValueError, match=r"^a\.key \(.*\) must hold a complete checkpoint: got none"
+    ):
+        open_weights(tmp_path / "young", key="a.key")
+
+
+def test_a_checkpoint_is_known_again_by_its_weights(source: Path, tmp_path: Path) -> None:
+    """Wherever the run folder lies now, and whatever it is called there."""
+    identity = open_weights(source).identity()
+    source.rename(tmp_path / "moved")
+    assert kept_checkpoint(tmp_path / "moved", identity) == step_directory(tmp_path / "moved", 3)
+    other = identity | {"fingerprint": "0" * 64}
+    assert kept_checkpoint(tmp_path / "moved", other) is None
+    assert kept_checkpoint(source, identity) is None
 
 
 def test_a_checkpoint_without_a_model_is_refused(source: Path) -> None:

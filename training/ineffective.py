@@ -1,0 +1,64 @@
+"""Options that were asked for and change nothing in a run: each is a sentence to warn with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from parallel.config import ParallelConfig, PipelineSchedule, Shard
+from training.config import DistillConfig, OptimizerConfig, OptimizerName, RunConfig
+
+
+def ineffective_options(config: RunConfig) -> list[str]:
+    """One sentence for each."""
+    return [
+        *_of_layout(config.parallel),
+        *_of_teacher(config.distill, has_teacher=config.training.teacher is not None),
+        *_of_optimizer(config.optimizer),
+    ]
+
+
+def _of_layout(parallel: ParallelConfig) -> list[str]:
+    lines = []
+    if parallel.pp == 1:
+        lines += _changed("parallel", parallel, ("schedule", "stage_layers"), "for parallel.pp 1")
+    if parallel.tp == 1:
+        lines += _changed("parallel", parallel, ("vocab_multiple",), "for parallel.tp 1")
+    is_split = parallel.pp > 1 and parallel.schedule is PipelineSchedule.zero_bubble
+    if is_split and parallel.shard is Shard.parameters:
+        lines.append(
+            "parallel.shard (parameters) acts as gradients for parallel.schedule zero_bubble: its "
+            "split backward needs parameters that stay gathered."
+        )
+    return lines
+
+
+def _of_teacher(distill: DistillConfig, *, has_teacher: bool) -> list[str]:
+    if not has_teacher:
+        return _changed("distill", distill, ("temperature", "offload"), "without training.teacher")
+    if distill.kl == 0:
+        return _changed("distill", distill, ("temperature",), "for distill.kl 0")
+    return []
+
+
+def _of_optimizer(optimizer: OptimizerConfig) -> list[str]:
+    if optimizer.name is not OptimizerName.sgd:
+        return []
+    return _changed("optimizer", optimizer, ("beta1", "beta2", "eps"), "for optimizer.name sgd")
+
+
+def _changed(group: str, config: Any, names: Sequence[str], where: str) -> list[str]:
+    """A sentence for each of `names` that is not at its default."""
+    default = type(config)()
+    return [
+        f"{group}.{name} ({_word(getattr(config, name))}) has no effect {where}."
+        for name in names
+        if getattr(config, name) != getattr(default, name)
+    ]
+
+
+def _word(value: Any) -> Any:
+    """As it stands in YAML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return getattr(value, "value", value)
