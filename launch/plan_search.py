@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from enum import Enum
 from functools import partial
 from itertools import product
 
@@ -18,6 +17,7 @@ from launch.plan_run import PlannedRun, plan_run
 from parallel.backend.devices import Device
 from parallel.config import ParallelConfig, PipelineSchedule, Recompute, Shard
 from training.config import RunConfig, TrainingConfig
+from training.ineffective import options_set
 
 ALONE = tuple(
     (PipelineSchedule.one_f_one_b, shard) for shard in (Shard.gradients, Shard.parameters)
@@ -118,18 +118,8 @@ def candidates(
 
 def replaced_keys(config: RunConfig) -> list[str]:
     """Keys that the run sets and that a search sets anew for each layout, with their values."""
-    given = {**_set_keys("parallel", config.parallel), **_set_keys("training", config.training)}
+    given = options_set("parallel", config.parallel) | options_set("training", config.training)
     return [f"{key} ({value})" for key, value in given.items() if key in _REPLACED]
-
-
-def _set_keys(group: str, config: ParallelConfig | TrainingConfig) -> dict[str, object]:
-    default = type(config)()
-    values = {each.name: getattr(config, each.name) for each in fields(config)}
-    return {
-        f"{group}.{name}": value.value if isinstance(value, Enum) else value
-        for name, value in values.items()
-        if value != getattr(default, name)
-    }
 
 
 def _changed(

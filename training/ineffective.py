@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
@@ -47,18 +48,28 @@ def _of_optimizer(optimizer: OptimizerConfig) -> list[str]:
     return _changed("optimizer", optimizer, ("beta1", "beta2", "eps"), "for optimizer.name sgd")
 
 
-def _changed(group: str, config: Any, names: Sequence[str], where: str) -> list[str]:
-    """A sentence for each of `names` that is not at its default."""
+def options_set(group: str, config: Any) -> dict[str, str]:
+    """The options of a config node that are not at their defaults: key and value as in YAML."""
     default = type(config)()
-    return [
-        f"{group}.{name} ({_word(getattr(config, name))}) has no effect {where}."
+    names = [each.name for each in fields(config)]
+    return {
+        f"{group}.{name}": str(_word(getattr(config, name)))
         for name in names
         if getattr(config, name) != getattr(default, name)
-    ]
+    }
+
+
+def _changed(group: str, config: Any, names: Sequence[str], where: str) -> list[str]:
+    """A sentence for each of `names` that is not at its default."""
+    given = options_set(group, config)
+    keys = [f"{group}.{name}" for name in names]
+    return [f"{key} ({given[key]}) has no effect {where}." for key in keys if key in given]
 
 
 def _word(value: Any) -> Any:
     """As it stands in YAML."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(str(_word(each)) for each in value)}]"
     return getattr(value, "value", value)

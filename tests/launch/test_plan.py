@@ -205,7 +205,7 @@ def test_the_search_says_what_of_the_run_it_replaces() -> None:
     lines, record = _searched(config, H100)
     (line,) = (line for line in lines if "replaces" in line)
     assert record["replaced"][:2] == ["parallel.tp (3)", "parallel.schedule (gpipe)"]
-    for key in ("recompute (selective)", "recompute_modules", "microbatch_rows (4)"):
+    for key in ("recompute (selective)", "recompute_modules ([linear])", "microbatch_rows (4)"):
         assert f"training.{key}" in line
     assert "vocab_multiple" not in line
     assert "max_steps" not in line
