@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 QUICKSTART ?= full
-# Small CPU matrices gain nothing from many threads, and ranks share the cores.
+# Files of tests beside each other; half of the tests have ranks of their own, so two fill 2 cores.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: setup quickstart test check lint types contracts clean
@@ -32,11 +34,14 @@ types: setup
 contracts: setup
 	$(BIN)/lint-imports
 
+# Small CPU matrices gain nothing from many threads, and ranks share the cores.
+check test: export OMP_NUM_THREADS := 1
+
 check: lint types contracts
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not multi_gpu"
+	$(PYTEST) -m "not slow and not gpu and not multi_gpu"
 
 test: lint types contracts
-	$(BIN)/python -m pytest -q -m "not gpu and not multi_gpu"
+	$(PYTEST) -m "not gpu and not multi_gpu"
 
 clean:
 	rm -rf outputs build dist .pytest_cache .mypy_cache .ruff_cache
