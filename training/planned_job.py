@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.layouts import parameter_layouts
+from models.layouts import parameter_layouts, refuse_unsupported
 from parallel.config import Precision
 from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import RankMemory, rank_memory
@@ -20,6 +20,7 @@ def planned_job(config: RunConfig, stage_name: str, *, kernels: tuple[str, str])
         ValueError: pipeline stages that the model cannot be cut into.
     """
     stage, training = config.stages[stage_name], config.training
+    refuse_unsupported(config.model)
     return Job(
         model=config.model,
         spiking=config.spiking,

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from models.config import ModelConfig, NeuronKind, RopeType, SpikingConfig
+from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.conversion.config_keys import NOTE_KEY, Format
 from models.layer_pattern import FfnKind, MixerKind
+from models.mixer_config import RopeType
 
 _ARCHITECTURE = {
     Format.qwen2: "Qwen2ForCausalLM",

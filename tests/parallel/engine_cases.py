@@ -12,16 +12,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from models.config import (
-    LinearAttentionConfig,
-    ModelConfig,
-    NeuronKind,
-    SpikingConfig,
-    ThresholdGrad,
-)
+from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
 from models.initialisation import tensor_for
 from models.layouts import parameter_layouts
 from models.lesson import Goals
+from models.mixer_config import LinearAttentionConfig
 from models.model import Model
 from models.recomputation import Recomputation
 from models.spiking.neurons import Spikes

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.config import ModelConfig, RopeConfig
+from models.config import ModelConfig
 from models.conversion.convert import OriginKind, TargetTensor, plan_conversion, unused_tensors
 from models.conversion.huggingface import INDEX, SafetensorsFolder
 from models.conversion.new_parameters import ConversionOptions, KeyBias, gate_bias_of, xavier
@@ -19,6 +19,7 @@ from models.conversion.source_checks import warn_of_changes
 from models.conversion.source_config import read_config
 from models.conversion.weight_map import theirs
 from models.layouts import parameter_layouts
+from models.mixer_config import RopeConfig
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_huggingface import same_bits
 from tests.models.conversion.test_source_config import QWEN2_5_7B, SMALL, SPIKINGBRAIN_7B

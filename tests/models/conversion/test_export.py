@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.config import ModelConfig, NeuronKind, RopeConfig, RopeType, SpikingConfig
+from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.conversion.config_keys import Format
 from models.conversion.convert import plan_conversion
 from models.conversion.export import export_folder
@@ -17,6 +17,7 @@ from models.conversion.huggingface import INDEX, SafetensorsFolder, TensorEntry
 from models.conversion.source_config import read_config, read_format
 from models.conversion.target_config import check_format, choose_format, write_config
 from models.layouts import parameter_layouts
+from models.mixer_config import RopeConfig, RopeType
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_huggingface import same_bits
 
