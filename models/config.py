@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 from models.expert_config import ExpertConfig
 from models.layer_pattern import FfnKind, LayerPattern, MixerKind
 from models.mixer_config import (
-    STRICT,
     BranchConfig,
     LinearAttentionConfig,
     RopeConfig,
     SinkConfig,
     SinkInit,
 )
+from models.strict import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
-from models.mixer_config import STRICT
+from models.strict import STRICT
 
 
 class RouterScore(Enum):

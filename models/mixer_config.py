@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
-STRICT: dict[str, Any] = {"extra": "forbid"}
-"""Every config dataclass refuses unknown keys when it is validated from a mapping."""
+from models.strict import STRICT
 
 
 class RopeType(Enum):
