@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.block import MixerState
+from models.mixer import MixerState
 from models.model import Model
 from models.softmax_attention import KeyValueCache
 from models.spiking.neurons import Spikes

@@ -4,23 +4,30 @@ import torch
 import torch.nn.functional as F
 
 from models.linear_attention import GatedLinearAttention
+from models.mixer import Mixer
 from models.sequence import SequenceContext
 from tests.models.tiny import packed, tiny_config, tiny_model
 from tests.support.closeness import assert_close
 
 
-def _mixer(**changes: object) -> GatedLinearAttention:
+def _mixer(**changes: object) -> Mixer:
     config = tiny_config(mixers="L", ffns="d", **changes)
     mixer = tiny_model(config).blocks[0].mixer
-    assert isinstance(mixer, GatedLinearAttention)
+    assert mixer is not None
+    assert isinstance(mixer.branches[0].core, GatedLinearAttention)
     return mixer
+
+
+def _log_decay(mixer: Mixer, x: torch.Tensor) -> torch.Tensor:
+    (branch,) = mixer.branches
+    return branch.core.log_decay(branch.projections.project(x), x)
 
 
 def _x(tokens: int, rows: int = 2) -> torch.Tensor:
     return torch.randn(rows, tokens, 24, generator=torch.Generator().manual_seed(1)).double()
 
 
-def _by_the_report(mixer: GatedLinearAttention, x: torch.Tensor) -> torch.Tensor:
+def _by_the_report(mixer: Mixer, x: torch.Tensor) -> torch.Tensor:
     """One row `[T, D]`, head by head and step by step, from the weights alone."""
     w = {name: parameter.detach() for name, parameter in mixer.named_parameters()}
     heads, dim, group = 4, 8, 2
@@ -92,7 +99,7 @@ def test_extending_is_the_full_forward_with_a_state_of_constant_size() -> None:
 
 def test_query_and_key_norms_act_before_the_feature_map() -> None:
     mixer, x = _mixer(qk_norm=True), _x(3)
-    q, k, _ = mixer.project(x)
+    q, k, _ = mixer.branches[0].projections.project(x)
     raw = mixer.q_proj(x).view(2, 3, 4, 8)
     assert mixer.q_norm is not None
     assert mixer.k_norm is not None
@@ -104,7 +111,7 @@ def test_query_and_key_norms_act_before_the_feature_map() -> None:
 def test_bf16_decays_and_state_stay_float32() -> None:
     mixer = _mixer().bfloat16()
     x = _x(4).bfloat16()
-    assert mixer.log_decay(x).dtype == torch.float32
+    assert _log_decay(mixer, x).dtype == torch.float32
     out, state = mixer.extend(x, None)
     assert out.dtype == torch.bfloat16
     assert state.dtype == torch.float32

@@ -173,7 +173,7 @@ def test_nothing_is_left_after_the_backward_pass(kind: str) -> None:
         loss = model(tokens, sequence, labels=tokens, spikes=Spikes(k=3.0))
         torch.autograd.grad(loss, tuple(model.parameters()))
 
-    rotation = model.blocks[1].mixer._rotary._rotation
+    rotation = model.blocks[1].mixer.branches[0].core._rotary._rotation
     known = (*model.parameters(), tokens, rotation.cos, rotation.sin)
     assert kept_bytes(work, besides=known) == 0
 
