@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from models.config import ModelConfig
 from models.layer_pattern import MixerKind
 from models.layouts import is_new_parameter, parameter_layouts
+from models.mixer_config import BranchNorm, BranchProjections
 
 LINEAR_CHUNK_TOKENS = 64
 """Chunk length that the FLOPs of linear attention are counted with."""
@@ -45,7 +46,7 @@ def new_parameter_count(config: ModelConfig) -> int:
 def matrix_parameter_count(config: ModelConfig) -> int:
     """Entries of all matrices that multiply each token: with the head, without the embedding.
 
-    Of routed experts those that a token visits.
+    Of routed experts those that a token visits; one that does so for two branches counts twice.
     """
     return sum(_matrix_parameters_of_layers(config)) + config.vocab_size * config.hidden_size
 
@@ -58,7 +59,17 @@ def _matrix_parameters_of_layers(config: ModelConfig) -> list[int]:
         layer, shape = int(name.split(".")[1]), layout.global_shape
         is_routed = layout.ep_dim is not None
         counts[layer] += config.moe.top_k * math.prod(shape[1:]) if is_routed else math.prod(shape)
+        if _is_met_twice(config, name):
+            counts[layer] += math.prod(shape)
     return counts
+
+
+def _is_met_twice(config: ModelConfig, name: str) -> bool:
+    """Whether two branches go through one output projection one after the other."""
+    are_shared = config.branches.projections is BranchProjections.shared
+    is_parallel = len(config.layers.mixers[int(name.split(".")[1])]) > 1
+    meet_later = config.branches.norm is BranchNorm.after_output
+    return is_parallel and are_shared and meet_later and name.endswith(".mixer.o_proj.weight")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,27 @@
 """The core of the gated linear mixer (`L`): feature map, gate, kernel, constant-size state.
 
 SpikingBrain report, equations 10-11 and sections 2.2 and 3.1. No rotary positions: decays carry
-position. Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H head dim.
+position. They come from low-rank matrices of their own, or with a key-tied gate from the keys.
+Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H head dim.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import Parts
+from models.mixer_config import FeatureMap, GateKind
 from models.mixer_core import MixerCore, Operands
 from models.norm import RMSNorm
 from models.projections import Heads, as_heads
 from models.recompute import recomputed
 from models.sequence import SequenceContext
+
+_FEATURE_MAPS = {FeatureMap.relu: torch.relu, FeatureMap.sigmoid: torch.sigmoid}
 
 
 class GatedLinearAttention(MixerCore):
@@ -23,20 +29,22 @@ class GatedLinearAttention(MixerCore):
 
     def __init__(self, parts: Parts, *, layer: int) -> None:
         super().__init__()
-        config, gate = parts.config, parts.config.linear
-        keys = config.num_key_value_heads * config.head_dim
-        rank = gate.gate_low_rank_dim
+        config, linear = parts.config, parts.config.linear
+        self.config = linear
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
-        self.gate_logit_normalizer = gate.gate_logit_normalizer
-        self.gate_down = parts.layers.replicated_linear(config.hidden_size, rank, bias=False)
-        self.gate_up = parts.layers.column_linear(rank, keys, bias=True)
-        self.head_norm = RMSNorm(config.head_dim, gate.norm_eps)
+        self.gate_down: nn.Module | None = None
+        self.gate_up: nn.Module | None = None
+        if linear.gate is GateKind.low_rank:
+            rank, keys = linear.gate_low_rank_dim, config.num_key_value_heads * config.head_dim
+            self.gate_down = parts.layers.replicated_linear(config.hidden_size, rank, bias=False)
+            self.gate_up = parts.layers.column_linear(rank, keys, bias=True)
+        self.head_norm = RMSNorm(config.head_dim, linear.norm_eps)
         self._kernel = parts.kernels.linear_attention
         self._norms_again = layer in parts.recompute.norms
 
     def operands(self, entered: Tensor, sequence: SequenceContext) -> Operands:
-        """The low-rank gate, and the module that goes on with it."""
+        """The low-rank gate and the module that goes on with it; nothing for a key-tied gate."""
         return self._gate(entered)
 
     def attend(self, heads: Heads, operands: Operands, sequence: SequenceContext) -> Tensor:
@@ -61,6 +69,8 @@ class GatedLinearAttention(MixerCore):
         return self._kernel_inputs(heads, self._gate(entered))[3]
 
     def _gate(self, entered: Tensor) -> Operands:
+        if self.gate_down is None:
+            return ()
         with recomputed(_widened, entered, when=self._norms_again) as wide:
             return self.gate_down(wide), self.gate_up
 
@@ -68,12 +78,36 @@ class GatedLinearAttention(MixerCore):
         self, heads: Heads, operands: Operands
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, k, v = heads
+        feature_map = _FEATURE_MAPS[self.config.feature_map]
+        if not operands:
+            k, log_decay = key_tied_gate(
+                k, offset=self.config.gate_offset, floor=self.config.gate_floor
+            )
+            return feature_map(q), k, v, log_decay
         low_rank, gate_up = operands
-        return torch.relu(q), torch.relu(k), v, self._log_decay(low_rank, gate_up)
+        log_gate = F.logsigmoid(gate_up(low_rank)) / self.config.gate_logit_normalizer
+        return feature_map(q), feature_map(k), v, as_heads(log_gate, self.head_dim)
 
-    def _log_decay(self, low_rank: Tensor, gate_up: nn.Module) -> Tensor:
-        log_gate = F.logsigmoid(gate_up(low_rank)) / self.gate_logit_normalizer
-        return as_heads(log_gate, self.head_dim)
+
+def key_tied_gate(keys: Tensor, *, offset: float, floor: float) -> tuple[Tensor, Tensor]:
+    """Keys between 0 and 1, and the log of the decay that is 1 minus the key.
+
+    Of u, the projected keys less the offset, in at least float32, and the floor lb: the key is `(1
+    - lb) sigmoid(u)`, the decay `lb + (1 - lb) sigmoid(-u)`. Its logarithm comes from u, not from
+    the key, which rounds to 1 where the decay is still far from 0.
+
+    Returns:
+        Keys in their dtype, log decays in at least float32.
+    """
+    u = _widened(keys)
+    u = u - offset if offset else u
+    log_decay = F.logsigmoid(-u)
+    key = torch.sigmoid(u)
+    if floor:
+        key = (1 - floor) * key
+        log_floor = log_decay.new_full((), math.log(floor))
+        log_decay = torch.logaddexp(log_decay + math.log1p(-floor), log_floor)
+    return key.to(keys.dtype), log_decay
 
 
 def _widened(x: Tensor) -> Tensor:

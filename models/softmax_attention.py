@@ -11,6 +11,7 @@ from torch import Tensor
 from models.layer_pattern import MixerKind
 from models.layers import Parts
 from models.mixer_core import MixerCore, Operands
+from models.norm import RMSNorm
 from models.projections import Heads
 from models.rotary import rotate
 from models.sequence import SequenceContext
@@ -109,12 +110,12 @@ class KeyValueCache:
 class SoftmaxAttention(MixerCore):
     """Causal softmax attention with rotary positions, grouped queries and an optional window."""
 
-    def __init__(self, parts: Parts, *, kind: MixerKind) -> None:
+    def __init__(self, parts: Parts, *, kind: MixerKind, has_head_norm: bool) -> None:
         super().__init__()
-        is_windowed = kind is MixerKind.sliding_window
-        self.window_tokens = parts.config.visible_window_tokens if is_windowed else None
-        self.scale = parts.config.head_dim**-0.5
-        self.head_norm = None
+        config, is_windowed = parts.config, kind is MixerKind.sliding_window
+        self.window_tokens = config.visible_window_tokens if is_windowed else None
+        self.scale = config.head_dim**-0.5
+        self.head_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_head_norm else None
         self._kernel = parts.kernels.softmax_attention
         self._rotary = parts.rotary
 
