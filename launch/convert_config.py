@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from models.config import STRICT, ModelConfig
+from models.config import ModelConfig
 from models.conversion.new_parameters import ConversionOptions, KeyBias, NormInit
+from models.strict import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

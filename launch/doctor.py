@@ -14,7 +14,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from launch.compose import command
-from models.config import STRICT
+from models.strict import STRICT
 from parallel.backend.base import Backend
 from parallel.backend.detect import Probe, detect
 from parallel.config import BackendName

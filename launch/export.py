@@ -14,12 +14,13 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from launch.compose import command
-from models.config import STRICT, NeuronKind, SpikingConfig
+from models.config import NeuronKind, SpikingConfig
 from models.conversion.config_keys import Format
 from models.conversion.convert import plan_conversion
 from models.conversion.export import MAX_SHARD_BYTES, export_folder
 from models.conversion.huggingface import SafetensorsFolder, TensorEntry
 from models.conversion.target_config import choose_format, write_config
+from models.strict import STRICT
 from parallel.checkpoint import tensor_dtypes
 from training.weight_source import MODEL, WeightSource, open_weights
 

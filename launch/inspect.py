@@ -14,11 +14,12 @@ import torch
 from pydantic import TypeAdapter
 
 from launch.compose import command
-from models.config import STRICT, ModelConfig, SpikingConfig
+from models.config import ModelConfig, SpikingConfig
 from models.conversion.convert import plan_conversion
 from models.conversion.huggingface import SafetensorsFolder
 from models.conversion.source_config import read_format
 from models.cost import new_parameter_count, parameter_count
+from models.strict import STRICT
 from parallel.checkpoint import read_manifest, tensor_dtypes, tensor_shapes
 from training.resolved_config import changes, read_config
 from training.weight_source import MODEL, WeightSource, open_weights

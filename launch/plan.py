@@ -15,7 +15,7 @@ from launch.plan_run import PlannedRun, plan_run, wanted_devices
 from launch.plan_search import replaced_keys, search
 from launch.plan_stage import PlannedStage
 from launch.plan_text import describe, found_lines, header_lines, stage_lines
-from models.config import STRICT
+from models.strict import STRICT
 from parallel.backend.devices import Device, DeviceName, device_facts
 from training.config import RunConfig
 from training.planned_job import left_out

@@ -10,18 +10,13 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from models.feed_forward import SwiGLU
-from models.layer_pattern import MixerKind, Mixers
+from models.layer_pattern import Mixers
 from models.layers import Parts
-from models.linear_attention import GatedLinearAttention
+from models.mixer import Mixer, MixerState
 from models.norm import RMSNorm
 from models.recompute import recomputed
 from models.sequence import SequenceContext
-from models.softmax_attention import KeyValueCache, SoftmaxAttention
 from models.spiking.neurons import Spikes
-
-Mixer = SoftmaxAttention | GatedLinearAttention
-MixerState = KeyValueCache | Tensor | None
-"""What a mixer remembers while decoding: a cache (F, S), a matrix state (L), nothing (`_`)."""
 
 
 class Block(nn.Module):
@@ -36,7 +31,7 @@ class Block(nn.Module):
         self.mixer: Mixer | None = None
         if mixers:
             self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.mixer = _build_mixer(parts, mixers[0], layer)
+            self.mixer = Mixer(parts, mixers, layer=layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn = SwiGLU(parts, layer=layer)
 
@@ -57,8 +52,7 @@ class Block(nn.Module):
         The given state may be changed in place and must not be used again.
         """
         if self.mixer is not None and self.mixer_norm is not None:
-            # Each mixer gets back the kind of state that it returned.
-            mixed, state = self.mixer.extend(self.mixer_norm(x), state, spikes)  # type: ignore[arg-type]
+            mixed, state = self.mixer.extend(self.mixer_norm(x), state, spikes)
             x = x + mixed
         return x + self.ffn(self.ffn_norm(x), spikes), state
 
@@ -81,9 +75,3 @@ class Blocks(nn.Module):
 
     def __getitem__(self, layer: int) -> Block:
         return self.get_submodule(str(layer))  # type: ignore[return-value]
-
-
-def _build_mixer(parts: Parts, kind: MixerKind, layer: int) -> Mixer:
-    if kind is MixerKind.linear:
-        return GatedLinearAttention(parts, layer=layer)
-    return SoftmaxAttention(parts, kind=kind, layer=layer)

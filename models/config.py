@@ -6,91 +6,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
+from models.expert_config import ExpertConfig
 from models.layer_pattern import FfnKind, LayerPattern, MixerKind
-
-STRICT: dict[str, Any] = {"extra": "forbid"}
-"""Every config dataclass refuses unknown keys when it is validated from a mapping."""
-
-
-class RopeType(Enum):
-    """How rotary angles are scaled (the field's `rope_type` words)."""
-
-    default = "default"
-    linear = "linear"
-    llama3 = "llama3"
-    yarn = "yarn"
-
-
-SCALING_KEYS: dict[RopeType, tuple[str, ...]] = {
-    RopeType.default: (),
-    RopeType.linear: ("factor",),
-    RopeType.llama3: (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    ),
-    RopeType.yarn: (
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-        "mscale", "mscale_all_dim", "truncate",
-    ),
-}  # fmt: skip
-"""Which keys each type reads."""
-_ALL_SCALING_KEYS = frozenset(name for names in SCALING_KEYS.values() for name in names)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding of the softmax mixers; the linear mixer has none."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    theta: float = 1_000_000.0
-    type: RopeType = RopeType.default
-    factor: float = 1.0
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.theta > 0:
-            raise ValueError(f"rope.theta ({self.theta}) must be above 0.")
-        if not self.factor >= 1:
-            raise ValueError(f"rope.factor ({self.factor}) must be at least 1.")
-        for name in sorted(_ALL_SCALING_KEYS - set(SCALING_KEYS[self.type])):
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                kinds = [kind.value for kind in RopeType if name in SCALING_KEYS[kind]]
-                raise ValueError(
-                    f"rope.{name} ({getattr(self, name)}) has no effect with rope.type "
-                    f"{self.type.value}. Set rope.type to {' or '.join(kinds)}, or leave it out."
-                )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LinearAttentionConfig:
-    """The gated linear mixer `L` (SpikingBrain report, section 2.2 and equations 10-11)."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-
-    gate_low_rank_dim: int = 16
-    gate_logit_normalizer: float = 16.0
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.gate_low_rank_dim < 1:
-            raise ValueError(
-                f"linear.gate_low_rank_dim ({self.gate_low_rank_dim}) must be at least 1."
-            )
-        if not self.gate_logit_normalizer > 0:
-            raise ValueError(
-                f"linear.gate_logit_normalizer ({self.gate_logit_normalizer}) must be above 0: "
-                "decays would grow the state."
-            )
-        if not self.norm_eps > 0:
-            raise ValueError(f"linear.norm_eps ({self.norm_eps}) must be above 0.")
+from models.mixer_config import (
+    BranchConfig,
+    LinearAttentionConfig,
+    RopeConfig,
+    SinkConfig,
+    SinkInit,
+)
+from models.strict import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +44,9 @@ class ModelConfig:
     window_includes_self: bool = True
     rope: RopeConfig = field(default_factory=RopeConfig)
     linear: LinearAttentionConfig = field(default_factory=LinearAttentionConfig)
+    branches: BranchConfig = field(default_factory=BranchConfig)
+    sinks: SinkConfig = field(default_factory=SinkConfig)
+    moe: ExpertConfig = field(default_factory=ExpertConfig)
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
@@ -140,6 +68,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary pairs channels.")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Refuse patterns that disagree with each other or lack what their layers need."""
         mixers = LayerPattern.parse_mixers(self.mixers)
         ffns = LayerPattern.parse_ffns(self.ffns)
         if len(mixers) != len(ffns):
@@ -152,6 +84,16 @@ class ModelConfig:
             raise ValueError(
                 f"window_tokens ({self.window_tokens}) must be at least 1 because mixers "
                 f"({self.mixers}) has S layers. Set model.window_tokens."
+            )
+        if self.uses_sinks and self.sinks.init is SinkInit.bos and self.bos_token_id is None:
+            raise ValueError(
+                "sinks.init (bos) must come with bos_token_id, whose embedding sinks start from: "
+                "got null. Set model.bos_token_id, or sinks.init=random."
+            )
+        if self.ffn_bias and FfnKind.mixture_of_experts in ffns:
+            raise ValueError(
+                f"ffn_bias (true) must be false with mixture-of-experts layers: got ffns "
+                f"({self.ffns}). Set ffn_bias=false, or use d layers only."
             )
 
     @property
@@ -178,9 +120,19 @@ class ModelConfig:
         return self.window_tokens + (0 if self.window_includes_self else 1)
 
     @property
+    def expert_intermediate_size(self) -> int:
+        """Inner channels of one expert."""
+        return self.moe.intermediate_size or self.intermediate_size
+
+    @property
+    def uses_sinks(self) -> bool:
+        """Whether tokens attend to learned ones."""
+        return self.sinks.num_tokens > 0
+
+    @property
     def is_plain_transformer(self) -> bool:
-        """Whether every layer is full or windowed softmax attention with a dense FFN."""
-        return all(
+        """Whether every layer is full or windowed softmax attention with a dense FFN, no sinks."""
+        return not self.uses_sinks and all(
             mixer in ((MixerKind.full,), (MixerKind.sliding_window,)) and ffn is FfnKind.dense
             for mixer, ffn in zip(self.layers.mixers, self.layers.ffns, strict=True)
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from models.config import ModelConfig
 from models.layer_pattern import MixerKind
 from models.layouts import is_new_parameter, parameter_layouts
+from models.mixer_config import BranchNorm, BranchProjections
 
 LINEAR_CHUNK_TOKENS = 64
 """Chunk length that the FLOPs of linear attention are counted with."""
@@ -16,7 +17,21 @@ LINEAR_CHUNK_TOKENS = 64
 
 def parameter_count(config: ModelConfig) -> int:
     """All parameters; a tied head is counted once."""
-    return sum(math.prod(p.global_shape) for p in parameter_layouts(config).values())
+    return sum(
+        math.prod(layout.global_shape)
+        for layout in parameter_layouts(config).values()
+        if not layout.is_state
+    )
+
+
+def active_parameter_count(config: ModelConfig) -> int:
+    """Parameters that one token meets: of the routed experts those it visits, all others."""
+    idle = config.moe.num_experts - config.moe.top_k
+    return parameter_count(config) - sum(
+        idle * math.prod(layout.global_shape[1:])
+        for layout in parameter_layouts(config).values()
+        if layout.ep_dim is not None
+    )
 
 
 def new_parameter_count(config: ModelConfig) -> int:
@@ -29,16 +44,32 @@ def new_parameter_count(config: ModelConfig) -> int:
 
 
 def matrix_parameter_count(config: ModelConfig) -> int:
-    """Entries of all matrices that multiply each token: with the head, without the embedding."""
+    """Entries of all matrices that multiply each token: with the head, without the embedding.
+
+    Of routed experts those that a token visits; one that does so for two branches counts twice.
+    """
     return sum(_matrix_parameters_of_layers(config)) + config.vocab_size * config.hidden_size
 
 
 def _matrix_parameters_of_layers(config: ModelConfig) -> list[int]:
     counts = [0] * config.num_hidden_layers
     for name, layout in parameter_layouts(config).items():
-        if len(layout.global_shape) == 2 and name.startswith("blocks."):
-            counts[int(name.split(".")[1])] += math.prod(layout.global_shape)
+        if not name.startswith("blocks.") or len(layout.global_shape) < 2:
+            continue
+        layer, shape = int(name.split(".")[1]), layout.global_shape
+        is_routed = layout.ep_dim is not None
+        counts[layer] += config.moe.top_k * math.prod(shape[1:]) if is_routed else math.prod(shape)
+        if _is_met_twice(config, name):
+            counts[layer] += math.prod(shape)
     return counts
+
+
+def _is_met_twice(config: ModelConfig, name: str) -> bool:
+    """Whether two branches go through one output projection one after the other."""
+    are_shared = config.branches.projections is BranchProjections.shared
+    is_parallel = len(config.layers.mixers[int(name.split(".")[1])]) > 1
+    meet_later = config.branches.norm is BranchNorm.after_output
+    return is_parallel and are_shared and meet_later and name.endswith(".mixer.o_proj.weight")
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ class ParamLayout:
 
     `tp_dim` and `ep_dim` are the dims cut over those axes (None: not cut). `partial_axes` are mesh
     axes over which its gradient is partial and must be summed, `replicated_axes` those over which
-    it is replicated and counted once. `tied_to` names the parameter it must equal.
+    it is replicated and counted once. `tied_to` names the parameter it must equal. A state is kept
+    and updated by the model itself: it has no gradient and counts as no parameter.
     """
 
     global_shape: tuple[int, ...]
@@ -44,6 +45,7 @@ class ParamLayout:
     partial_axes: tuple[str, ...] = ()
     replicated_axes: tuple[str, ...] = ()
     tied_to: str | None = None
+    is_state: bool = False
 
 
 class Linear(nn.Linear):

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from models.config import ModelConfig
+from models.expert_config import Balance
 from models.layer_pattern import FfnKind, MixerKind, Mixers
 from models.layers import ParamLayout
+from models.mixer_config import BranchMerge, BranchNorm, BranchProjections, GateKind
 
 
 def parameter_layouts(
@@ -22,9 +24,6 @@ def parameter_layouts(
 
     With `sequence_parallel` each tp rank holds a part of the tokens outside the projections, so
     that replicated parameters there (norms, output biases) have partial gradients too.
-
-    Raises:
-        ValueError: a layer kind that this release does not build.
     """
     table = _whole_rows(config)
     if not sequence_parallel:
@@ -36,15 +35,17 @@ def parameter_layouts(
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Global shapes of all parameters; errors as `parameter_layouts`."""
+    """Global shapes of all parameters."""
     return {name: layout.global_shape for name, layout in parameter_layouts(config).items()}
 
 
 def _whole_rows(config: ModelConfig) -> dict[str, ParamLayout]:
-    refuse_unsupported(config)
     table = {"embedding.weight": ParamLayout((config.vocab_size, config.hidden_size), tp_dim=0)}
-    for index, mixers in enumerate(config.layers.mixers):
-        for name, layout in _block(config, mixers):
+    if config.uses_sinks:
+        table["sinks.weight"] = _replicated(config.sinks.num_tokens, config.hidden_size)
+    layers = zip(config.layers.mixers, config.layers.ffns, strict=True)
+    for index, (mixers, ffn) in enumerate(layers):
+        for name, layout in _block(config, mixers, ffn):
             table[f"blocks.{index}.{name}"] = layout
     table["final_norm.weight"] = _replicated(config.hidden_size)
     if not config.tie_word_embeddings:
@@ -58,51 +59,116 @@ def refuse_unsupported(config: ModelConfig) -> None:
     Raises:
         ValueError: naming the field and the symbol.
     """
-    for mixers in config.layers.mixers:
-        if len(mixers) > 1:
-            symbol = "+".join(kind.value for kind in mixers)
-            raise ValueError(
-                f"mixers ({config.mixers}) must have one mixer a layer: got {symbol}, and parallel "
-                "branches are not in this release. Use F, S, L or _."
-            )
     if FfnKind.mixture_of_experts in config.layers.ffns:
         raise ValueError(
             f"ffns ({config.ffns}) must be all d: got e, and mixture of experts is not in this "
             "release. Use d."
         )
+    if config.uses_sinks:
+        raise ValueError(
+            f"sinks.num_tokens ({config.sinks.num_tokens}) must be 0: sink tokens are not in this "
+            "release."
+        )
+
+
+_NEW_MODULES = frozenset(
+    {"gate_down", "gate_up", "head_norm", "output_norm", "merge", "sinks", "router"}
+)
 
 
 def is_new_parameter(name: str) -> bool:
-    """Whether conversion adds this parameter to a Transformer's (gates and head norms)."""
-    return ".mixer.gate_" in name or ".mixer.head_norm." in name
+    """Whether conversion adds this parameter to a Transformer's, instead of reusing one.
+
+    Gates, the norms and weights of branches, sink tokens and routers.
+    """
+    return name.split(".")[-2] in _NEW_MODULES
 
 
-def _block(config: ModelConfig, mixers: Mixers) -> Iterator[tuple[str, ParamLayout]]:
+def _block(config: ModelConfig, mixers: Mixers, ffn: FfnKind) -> Iterator[tuple[str, ParamLayout]]:
     if mixers:
         yield "mixer_norm.weight", _replicated(config.hidden_size)
-        yield from _mixer(config, mixers[0])
+    if len(mixers) == 1:
+        yield from _projections(config, "mixer")
+        yield from _core(config, "mixer", mixers[0], is_branch=False)
+    elif mixers:
+        yield from _branches(config, mixers)
     yield "ffn_norm.weight", _replicated(config.hidden_size)
-    for name in ("gate_proj", "up_proj"):
-        yield from _column(
-            f"ffn.{name}", config.hidden_size, config.intermediate_size, config.ffn_bias
-        )
-    yield from _row("ffn.down_proj", config.intermediate_size, config.hidden_size, config.ffn_bias)
+    if ffn is FfnKind.dense:
+        yield from _swiglu("ffn", config.hidden_size, config.intermediate_size, config.ffn_bias)
+    else:
+        yield from _experts(config)
 
 
-def _mixer(config: ModelConfig, kind: MixerKind) -> Iterator[tuple[str, ParamLayout]]:
+def _branches(config: ModelConfig, mixers: Mixers) -> Iterator[tuple[str, ParamLayout]]:
+    """`X+Y`: what both share lies in `mixer`, what is one branch's in `mixer.<its kind>`."""
+    are_shared = config.branches.projections is BranchProjections.shared
+    if are_shared:
+        yield from _projections(config, "mixer")
+    for kind in mixers:
+        branch = f"mixer.{kind.name}"
+        if not are_shared:
+            yield from _projections(config, branch)
+        yield from _core(config, branch, kind, is_branch=True)
+        if config.branches.norm is BranchNorm.after_output:
+            yield f"{branch}.output_norm.weight", _replicated(config.hidden_size)
+    if config.branches.merge is BranchMerge.learned:
+        yield "mixer.merge.weight", _merge_weights(config, len(mixers))
+
+
+def _projections(config: ModelConfig, module: str) -> Iterator[tuple[str, ParamLayout]]:
     hidden, dim = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     for name, out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        yield from _column(f"mixer.{name}", hidden, out, config.qkv_bias)
-    yield from _row("mixer.o_proj", queries, hidden, config.output_bias)
+        yield from _column(f"{module}.{name}", hidden, out, config.qkv_bias)
+    yield from _row(f"{module}.o_proj", queries, hidden, config.output_bias)
     if config.qk_norm:
-        yield "mixer.q_norm.weight", _shared_by_heads(dim)
-        yield "mixer.k_norm.weight", _shared_by_heads(dim)
-    if kind is MixerKind.linear:
+        yield f"{module}.q_norm.weight", _shared_by_heads(dim)
+        yield f"{module}.k_norm.weight", _shared_by_heads(dim)
+
+
+def _core(
+    config: ModelConfig, module: str, kind: MixerKind, *, is_branch: bool
+) -> Iterator[tuple[str, ParamLayout]]:
+    """What a mixer has between its projections."""
+    hidden, dim = config.hidden_size, config.head_dim
+    is_linear = kind is MixerKind.linear
+    if is_linear and config.linear.gate is GateKind.low_rank:
         rank = config.linear.gate_low_rank_dim
-        yield "mixer.gate_down.weight", _shared_by_heads(rank, hidden)
-        yield from _column("mixer.gate_up", rank, keys, True)
-        yield "mixer.head_norm.weight", _shared_by_heads(dim)
+        yield f"{module}.gate_down.weight", _shared_by_heads(rank, hidden)
+        yield from _column(f"{module}.gate_up", rank, config.num_key_value_heads * dim, True)
+    if is_linear or (is_branch and config.branches.norm is BranchNorm.before_output):
+        yield f"{module}.head_norm.weight", _shared_by_heads(dim)
+
+
+def _merge_weights(config: ModelConfig, num_branches: int) -> ParamLayout:
+    """Weights act on heads, which are cut over ranks, or on the residual stream."""
+    if config.branches.norm is BranchNorm.before_output:
+        return _shared_by_heads(num_branches)
+    return _replicated(num_branches)
+
+
+def _experts(config: ModelConfig) -> Iterator[tuple[str, ParamLayout]]:
+    moe, hidden, inner = config.moe, config.hidden_size, config.expert_intermediate_size
+    yield "ffn.router.weight", _replicated(moe.num_experts, hidden)
+    if moe.balance in (Balance.bias, Balance.previous_step):
+        name = "selection_bias" if moe.balance is Balance.bias else "previous_load"
+        yield (
+            f"ffn.router.{name}",
+            ParamLayout((moe.num_experts,), replicated_axes=("tp",), is_state=True),
+        )
+    for name in ("gate_proj", "up_proj"):
+        shape = (moe.num_experts, inner, hidden)
+        yield f"ffn.experts.{name}.weight", ParamLayout(shape, tp_dim=1, ep_dim=0)
+    shape = (moe.num_experts, hidden, inner)
+    yield "ffn.experts.down_proj.weight", ParamLayout(shape, tp_dim=2, ep_dim=0)
+    if moe.num_shared_experts:
+        yield from _swiglu("ffn.shared", hidden, moe.num_shared_experts * inner, False)
+
+
+def _swiglu(module: str, hidden: int, inner: int, bias: bool) -> Iterator[tuple[str, ParamLayout]]:
+    for name in ("gate_proj", "up_proj"):
+        yield from _column(f"{module}.{name}", hidden, inner, bias)
+    yield from _row(f"{module}.down_proj", inner, hidden, bias)
 
 
 def _column(name: str, size: int, out: int, bias: bool) -> Iterator[tuple[str, ParamLayout]]:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.config import ModelConfig, RopeConfig, RopeType
+from models.config import ModelConfig
+from models.mixer_config import RopeConfig, RopeType
 from models.sequence import SequenceContext
 
 

@@ -46,7 +46,8 @@ def build_engine(
     Raises:
         ValueError: a freeze pattern that matches nothing, or that leaves nothing to train.
     """
-    names = list(parameter_layouts(config.model))
+    layouts = parameter_layouts(config.model)
+    names = [name for name, layout in layouts.items() if not layout.is_state]
     groups = build_groups(names, config.optimizer, new_parameters=origin.new_parameters)
     _describe_groups(groups, len(names))
     stages = cut_stages(config)

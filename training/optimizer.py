@@ -57,10 +57,15 @@ def build_groups(
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies: to matrices and embeddings, not to norms, gates and biases."""
+    """Whether weight decay applies: to matrices and embeddings, not to norms, gates and biases.
+
+    Nor to the weights of branches.
+    """
     module, _, leaf = name.rpartition(".")
     owner = module.rpartition(".")[2]
-    return not (leaf == "bias" or owner.endswith("norm") or owner in ("gate_up", "gate_down"))
+    return not (
+        leaf == "bias" or owner.endswith("norm") or owner in ("gate_up", "gate_down", "merge")
+    )
 
 
 def frozen_names(names: Sequence[str], patterns: Sequence[str]) -> frozenset[str]:

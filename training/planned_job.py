@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from models.config import ModelConfig
+from models.layer_pattern import FfnKind
 from models.layouts import parameter_layouts
+from models.mixer_config import GateKind
 from parallel.config import Precision
 from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import RankMemory, rank_memory
@@ -17,9 +20,12 @@ def planned_job(config: RunConfig, stage_name: str, *, kernels: tuple[str, str])
     """What a curriculum stage trains; `kernels` name the linear and the softmax attention kernel.
 
     Raises:
-        ValueError: pipeline stages that the model cannot be cut into.
+        ValueError: pipeline stages that the model cannot be cut into, or a model that the planner
+            does not know.
     """
     stage, training = config.stages[stage_name], config.training
+    if (reason := unplanned(config.model)) is not None:
+        raise ValueError(f"{reason}. Run it to see what it takes, or plan another model.")
     return Job(
         model=config.model,
         spiking=config.spiking,
@@ -33,6 +39,21 @@ def planned_job(config: RunConfig, stage_name: str, *, kernels: tuple[str, str])
         has_moments=config.optimizer.name is OptimizerName.adamw,
         kernels=kernels,
     )
+
+
+def unplanned(model: ModelConfig) -> str | None:
+    """What of a model the planner cannot count yet, as a sentence; None where it knows all."""
+    for mixers in model.layers.mixers:
+        if len(mixers) > 1:
+            symbol = "+".join(kind.value for kind in mixers)
+            return f"mixers ({model.mixers}) must have one mixer a layer in a plan: got {symbol}"
+    if FfnKind.mixture_of_experts in model.layers.ffns:
+        return f"ffns ({model.ffns}) must be all d in a plan: got e"
+    if model.uses_sinks:
+        return f"sinks.num_tokens ({model.sinks.num_tokens}) must be 0 in a plan"
+    if model.linear.gate is not GateKind.low_rank:
+        return f"linear.gate ({model.linear.gate.value}) must be low_rank in a plan"
+    return None
 
 
 def planned_kernels(kernels: tuple[str, str], precision: Precision) -> tuple[str, str]:

@@ -10,9 +10,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import SCALING_KEYS, LinearAttentionConfig, ModelConfig, RopeConfig, RopeType
+from models.config import ModelConfig
 from models.conversion.config_keys import NOTE_KEY, ConfigKeys, Format
 from models.layer_pattern import compress
+from models.mixer_config import SCALING_KEYS, LinearAttentionConfig, RopeConfig, RopeType
 
 logger = logging.getLogger(__name__)
 

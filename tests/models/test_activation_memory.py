@@ -82,7 +82,9 @@ class Real:
 
     def tables(self, sequence: SequenceContext) -> list[Tensor]:
         """The rotary tables belong to the model; layers share them."""
-        rotary = getattr(self.model.blocks[0].mixer, "_rotary", None)
+        mixer = self.model.blocks[0].mixer
+        core = None if mixer is None else mixer.branches[0].core
+        rotary = getattr(core, "_rotary", None)
         if rotary is None:
             return []
         rotation = rotary.for_sequence(sequence, self.dtype)

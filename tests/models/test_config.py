@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from models.config import (
+from models.config import ModelConfig, SpikingConfig
+from models.expert_config import ExpertConfig
+from models.mixer_config import (
+    GateKind,
     LinearAttentionConfig,
-    ModelConfig,
     RopeConfig,
     RopeType,
-    SpikingConfig,
+    SinkConfig,
+    SinkInit,
 )
 from tests.models.tiny import tiny_config
 
@@ -27,6 +30,11 @@ from tests.models.tiny import tiny_config
         ({"window_tokens": None}, r"window_tokens \(None\) must be at least 1 because mixers"),
         ({"window_tokens": 0}, r"window_tokens \(0\)"),
         ({"mixers": "L S F Q"}, "got 'Q'"),
+        ({"ffns": "d e d e", "ffn_bias": True}, r"ffn_bias \(true\) must be false with mixture"),
+        (
+            {"sinks": SinkConfig(num_tokens=4, init=SinkInit.bos)},
+            r"sinks\.init \(bos\) must come with bos_token_id",
+        ),
     ],
 )
 def test_an_impossible_model_is_refused_with_the_reason(
@@ -60,6 +68,26 @@ def test_impossible_spiking_is_refused(changes: dict[str, Any], message: str) ->
         (lambda: LinearAttentionConfig(gate_logit_normalizer=0), "must be above 0"),
         (lambda: LinearAttentionConfig(gate_low_rank_dim=0), "must be at least 1"),
         (lambda: LinearAttentionConfig(norm_eps=0), "must be above 0"),
+        (
+            lambda: LinearAttentionConfig(gate=GateKind.key_tied),
+            r"linear\.gate \(key_tied\) must come with linear\.feature_map sigmoid.*got relu",
+        ),
+        (lambda: LinearAttentionConfig(gate_offset=1.0), r"gate_offset \(1.0\) has no effect"),
+        (lambda: LinearAttentionConfig(gate_floor=0.1), r"gate_floor \(0.1\) has no effect"),
+        (lambda: LinearAttentionConfig(gate_floor=1.0), r"gate_floor \(1.0\) must be at least 0"),
+        (lambda: SinkConfig(num_tokens=-1), r"sinks\.num_tokens \(-1\) must be at least 0"),
+        (lambda: ExpertConfig(num_experts=0), r"moe\.num_experts \(0\) must be at least 1"),
+        (lambda: ExpertConfig(num_shared_experts=-1), r"moe\.num_shared_experts \(-1\)"),
+        (
+            lambda: ExpertConfig(num_experts=4, top_k=5),
+            r"moe\.top_k \(5\) must be between 1 and moe\.num_experts: got 4",
+        ),
+        (lambda: ExpertConfig(top_k=0), r"moe\.top_k \(0\)"),
+        (lambda: ExpertConfig(renormalise=True), "give.* the router no gradient"),
+        (lambda: ExpertConfig(intermediate_size=0), r"moe\.intermediate_size \(0\)"),
+        (lambda: ExpertConfig(balance_coefficient=-1), r"moe\.balance_coefficient \(-1\)"),
+        (lambda: ExpertConfig(z_loss_coefficient=float("nan")), r"moe\.z_loss_coefficient"),
+        (lambda: ExpertConfig(capacity_factor=0), r"moe\.capacity_factor \(0\) must be above 0"),
         (lambda: RopeConfig(theta=-1), r"rope\.theta \(-1\) must be above 0"),
         (lambda: RopeConfig(type=RopeType.linear, factor=0.5), r"rope\.factor \(0.5\) must be at"),
         (lambda: RopeConfig(factor=4), r"rope\.factor \(4\) has no effect with rope\.type default"),

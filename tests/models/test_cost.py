@@ -1,10 +1,23 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from models import cost
 from models.config import ModelConfig
+from models.expert_config import Balance, ExpertConfig
+from models.mixer_config import (
+    BranchConfig,
+    BranchNorm,
+    BranchProjections,
+    FeatureMap,
+    GateKind,
+    LinearAttentionConfig,
+    SinkConfig,
+)
 from models.model import Model
 from tests.models.tiny import tiny_config, tiny_model
 
@@ -34,6 +47,45 @@ def test_the_7b_has_the_parameters_of_the_report_by_arithmetic_and_on_the_meta_d
 def test_conversion_adds_the_parameters_of_the_report() -> None:
     assert cost.new_parameter_count(SPIKINGBRAIN_7B) == 926_464
     assert cost.new_parameter_count(tiny_config(mixers="S F F _")) == 0
+
+
+# 28 layers; the layout of experts is that of Fig. 3 of the report.
+SPIKINGBRAIN_76B: dict[str, Any] = {
+    "mixers": "[[L+S]*6 L+F]*4",
+    "ffns": "d*3 e d e d e d e d e*17",
+    "linear": LinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied),
+    "sinks": SinkConfig(num_tokens=128),
+    "moe": ExpertConfig(num_experts=16, num_shared_experts=1, top_k=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("projections", "total", "active"),
+    [(BranchProjections.shared, 76.06, 11.89), (BranchProjections.separate, 76.88, 12.72)],
+)
+def test_the_76b_has_the_parameters_of_the_report(
+    projections: BranchProjections, total: float, active: float
+) -> None:
+    config = replace(
+        SPIKINGBRAIN_7B, **SPIKINGBRAIN_76B, branches=BranchConfig(projections=projections)
+    )
+    assert cost.parameter_count(config) / 1e9 == pytest.approx(total, abs=0.005)
+    assert cost.active_parameter_count(config) / 1e9 == pytest.approx(active, abs=0.005)
+
+
+def test_routers_state_is_no_parameter_and_idle_experts_are_not_active() -> None:
+    moe = ExpertConfig(num_experts=4, num_shared_experts=2, top_k=2, intermediate_size=24)
+    config = tiny_config(ffns="d e d e", moe=moe)
+    with_bias = tiny_config(ffns="d e d e", moe=replace(moe, balance=Balance.bias))
+    one_expert = 3 * 24 * config.hidden_size
+    layer = 6 * one_expert + 4 * config.hidden_size
+    dense = 3 * config.intermediate_size * config.hidden_size
+    whole = cost.parameter_count(config)
+    assert whole - cost.parameter_count(tiny_config()) == 2 * (layer - dense)
+    assert cost.parameter_count(with_bias) == whole
+    assert cost.active_parameter_count(config) == whole - 2 * 2 * one_expert
+    met = cost.matrix_parameter_count(config) - cost.matrix_parameter_count(tiny_config())
+    assert met == 2 * (4 * one_expert + 4 * config.hidden_size - dense)
 
 
 def test_matrix_parameters_count_the_head_once_and_not_the_lookup() -> None:
@@ -70,6 +122,34 @@ def test_flops_equal_a_count_by_hand() -> None:
     linear = 2 * 4 * (2 + 1) + 2 * (2 * 8 / 2 * 2 * 2)
     expected = 3 * (2 * matrices + full + window + linear)
     assert cost.flops_per_token(config, 5.5, 2.5, linear_chunk_tokens=8) == expected
+
+
+def test_a_shared_output_projection_is_met_twice_where_branches_meet_after_it() -> None:
+    before, after = (
+        cost.matrix_parameter_count(
+            tiny_config(mixers="L+S S F _", branches=BranchConfig(norm=norm))
+        )
+        for norm in BranchNorm
+    )
+    assert after - before == 32 * 24
+    apart = [
+        cost.matrix_parameter_count(
+            tiny_config(
+                mixers="L+S S F _",
+                branches=BranchConfig(norm=norm, projections=BranchProjections.separate),
+            )
+        )
+        for norm in BranchNorm
+    ]
+    # q, k, v and o of the second branch.
+    assert apart == [before + (2 * 32 + 2 * 16) * 24] * 2
+
+
+def test_a_layer_mixes_for_each_of_its_branches() -> None:
+    alone = cost.flops_by_part(tiny_config(mixers="L S F _"), 7.0, 4.0)
+    both = cost.flops_by_part(tiny_config(mixers="L+S S+F _ _"), 7.0, 4.0)
+    linear, window, full, _ = alone.mixing
+    assert both.mixing == (linear + window, window + full, 0.0, 0.0)
 
 
 def test_costs_of_parts_are_those_of_a_count_by_hand() -> None:

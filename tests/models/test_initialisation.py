@@ -80,7 +80,8 @@ def test_a_fresh_gate_halves_the_state_every_16_tokens() -> None:
     initialise(model, seed=5)
     mixer = model.blocks[0].mixer
     assert mixer is not None
-    log_decay = mixer.log_decay(torch.randn(1, 3, 24))
+    (branch,), x = mixer.branches, torch.randn(1, 3, 24)
+    log_decay = branch.core.log_decay(branch.projections.project(x), x)
     assert_close((16 * log_decay).exp(), torch.full((1, 3, 2, 8), 0.5), relative=1e-6)
 
 

@@ -1,22 +1,46 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
+from models.config import ModelConfig
+from models.expert_config import Balance, ExpertConfig
+from models.layers import ParamLayout
 from models.layouts import is_new_parameter, parameter_layouts
+from models.mixer_config import (
+    BranchConfig,
+    BranchMerge,
+    BranchNorm,
+    BranchProjections,
+    FeatureMap,
+    GateKind,
+    LinearAttentionConfig,
+    SinkConfig,
+)
 from models.model import Model
 from tests.models.tiny import tiny_config
 
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"qkv_bias": False, "qk_norm": True, "tie_word_embeddings": True},
-    {"output_bias": True, "ffn_bias": True},
-]
+TIED = LinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3-tied": {"qkv_bias": False, "qk_norm": True, "tie_word_embeddings": True},
+    "all-biases": {"output_bias": True, "ffn_bias": True},
+    "key-tied": {"linear": TIED},
+}
+for _gate, _merge, _norm, _projections in itertools.product(
+    (LinearAttentionConfig(), TIED), BranchMerge, BranchNorm, BranchProjections
+):
+    _name = f"branches-{_gate.gate.name}-{_merge.name}-{_norm.name}-{_projections.name}"
+    VARIANTS[_name] = {
+        "mixers": "L+S F+L F+S L", "qk_norm": True, "output_bias": True, "linear": _gate,
+        "branches": BranchConfig(merge=_merge, norm=_norm, projections=_projections),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=["qwen2", "qwen3-tied", "all-biases"])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_the_table_names_every_parameter_of_the_model_with_its_shape(
     changes: dict[str, Any],
 ) -> None:
@@ -66,6 +90,79 @@ def test_shares_over_tensor_parallel_ranks() -> None:
     }  # fmt: skip
 
 
+def names_of_block(config: ModelConfig, layer: int) -> set[str]:
+    prefix = f"blocks.{layer}."
+    return {name[len(prefix) :] for name in parameter_layouts(config) if name.startswith(prefix)}
+
+
+def test_branches_share_projections_or_have_their_own() -> None:
+    plain = {"mixers": "L+S S L _", "linear": TIED, "qkv_bias": False}
+    shared = names_of_block(tiny_config(**plain), 0)
+    projections = {f"{name}_proj.weight" for name in "qkvo"}
+    rest = {"mixer_norm.weight", *names_of_block(tiny_config(**plain), 3)}
+    norms = {"mixer.linear.head_norm.weight", "mixer.sliding_window.head_norm.weight"}
+    assert shared == {f"mixer.{name}" for name in projections} | norms | rest
+    branches = BranchConfig(
+        projections=BranchProjections.separate,
+        norm=BranchNorm.after_output,
+        merge=BranchMerge.learned,
+    )
+    separate = names_of_block(tiny_config(**plain, branches=branches), 0)
+    kinds = ("linear", "sliding_window")
+    assert separate == rest | {
+        "mixer.linear.head_norm.weight", "mixer.merge.weight",
+        *(f"mixer.{kind}.output_norm.weight" for kind in kinds),
+        *(f"mixer.{kind}.{name}" for kind in kinds for name in projections),
+    }  # fmt: skip
+
+
+def test_experts_lie_along_their_own_dimension() -> None:
+    moe = ExpertConfig(num_experts=4, num_shared_experts=2, intermediate_size=6)
+    config = tiny_config(ffns="d e d d", moe=moe)
+    table = parameter_layouts(config)
+    D = config.hidden_size
+    down = table["blocks.1.ffn.experts.down_proj.weight"]
+    assert (down.global_shape, down.tp_dim, down.ep_dim) == ((4, D, 6), 2, 0)
+    for name in ("gate_proj", "up_proj"):
+        layout = table[f"blocks.1.ffn.experts.{name}.weight"]
+        assert (layout.global_shape, layout.tp_dim, layout.ep_dim) == ((4, 6, D), 1, 0)
+        assert table[f"blocks.1.ffn.shared.{name}.weight"].global_shape == (12, D)
+    assert table["blocks.1.ffn.router.weight"] == ParamLayout((4, D), replicated_axes=("tp",))
+    assert {name for name, layout in table.items() if layout.ep_dim is not None} == {
+        f"blocks.1.ffn.experts.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")
+    }
+
+
+@pytest.mark.parametrize(
+    ("balance", "name"),
+    [(Balance.bias, "selection_bias"), (Balance.previous_step, "previous_load")],
+)
+def test_what_a_router_remembers_is_state(balance: Balance, name: str) -> None:
+    config = tiny_config(ffns="e d d d", moe=ExpertConfig(num_experts=4, balance=balance))
+    states = {name for name, layout in parameter_layouts(config).items() if layout.is_state}
+    assert states == {f"blocks.0.ffn.router.{name}"}
+
+
+def test_sinks_are_one_replicated_table() -> None:
+    layouts = parameter_layouts(tiny_config(sinks=SinkConfig(num_tokens=3)))
+    assert layouts["sinks.weight"].global_shape == (3, tiny_config().hidden_size)
+    assert list(layouts)[:2] == ["embedding.weight", "sinks.weight"]
+
+
+def test_new_parameters_of_branches_sinks_and_experts() -> None:
+    config = tiny_config(
+        mixers="L+S S F _", ffns="e d d d", sinks=SinkConfig(num_tokens=3),
+        branches=BranchConfig(merge=BranchMerge.learned),
+    )  # fmt: skip
+    new = {name for name in parameter_layouts(config) if is_new_parameter(name)}
+    assert new == {
+        "sinks.weight", "blocks.0.mixer.linear.gate_down.weight", "blocks.0.ffn.router.weight",
+        "blocks.0.mixer.linear.gate_up.weight", "blocks.0.mixer.linear.gate_up.bias",
+        "blocks.0.mixer.linear.head_norm.weight", "blocks.0.mixer.merge.weight",
+        "blocks.0.mixer.sliding_window.head_norm.weight",
+    }  # fmt: skip
+
+
 def test_new_parameters_are_gates_and_head_norms_only() -> None:
     new = {name for name in parameter_layouts(tiny_config()) if is_new_parameter(name)}
     assert new == {
@@ -77,14 +174,12 @@ def test_new_parameters_are_gates_and_head_norms_only() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mixers": "L+S F F F"}, r"got L\+S, and parallel branches are not in this release"),
         ({"ffns": "d d d e"}, "got e, and mixture of experts is not in this release"),
+        ({"sinks": SinkConfig(num_tokens=3)}, r"sinks\.num_tokens \(3\) must be 0"),
     ],
 )
 def test_patterns_of_later_releases_are_refused_by_name(
     changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        parameter_layouts(tiny_config(**changes))
     with pytest.raises(ValueError, match=message):
         Model(tiny_config(**changes))

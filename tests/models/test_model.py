@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.config import RopeConfig, RopeType
+from models.mixer_config import RopeConfig, RopeType
 from models.model import Model
 from models.sequence import SequenceContext
 from tests.models.tiny import REFERENCE_KERNELS, packed, random_tokens, tiny_config, tiny_model

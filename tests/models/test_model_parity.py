@@ -18,7 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from models.config import ModelConfig, RopeConfig, RopeType
+from models.config import ModelConfig
+from models.mixer_config import RopeConfig, RopeType
 from models.model import Model
 from models.rotary import inverse_frequencies
 from models.sequence import SequenceContext

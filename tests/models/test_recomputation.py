@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
+from models.mixer_config import (
+    BranchConfig,
+    BranchMerge,
+    BranchNorm,
+    BranchProjections,
+    FeatureMap,
+    GateKind,
+    LinearAttentionConfig,
+)
 from models.model import Model
 from models.recomputation import NOTHING, Recomputation
 from models.sequence import SequenceContext
@@ -35,11 +46,28 @@ THROUGH = SpikingConfig(neuron=NeuronKind.adaptive, threshold_grad=ThresholdGrad
 SPIKING = {"off": OFF, "detached": DETACHED, "through": THROUGH}
 
 
+KEY_TIED = LinearAttentionConfig(
+    feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied, gate_offset=1.0, gate_floor=0.1
+)
+MODELS: dict[str, dict[str, Any]] = {
+    "one mixer": {},
+    "key-tied": {"linear": KEY_TIED},
+} | {
+    f"branches {projections.name} {norm.name}": {
+        "mixers": "L+S F+L S+F _",
+        "linear": LinearAttentionConfig() if norm is BranchNorm.before_output else KEY_TIED,
+        "branches": BranchConfig(projections=projections, norm=norm, merge=BranchMerge.learned),
+    }
+    for projections, norm in itertools.product(BranchProjections, BranchNorm)
+}
+
+
 def _step(
-    spiking: SpikingConfig, dtype: torch.dtype, recompute: Recomputation
+    name: str, spiking: SpikingConfig, dtype: torch.dtype, recompute: Recomputation
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]:
     """Loss, gradients and spike statistics of packed documents."""
-    model = tiny_model(tiny_config(qk_norm=True), spiking=spiking, recompute=recompute, dtype=dtype)
+    config = tiny_config(qk_norm=True, **MODELS[name])
+    model = tiny_model(config, spiking=spiking, recompute=recompute, dtype=dtype)
     tokens, sequence = random_tokens(2, 14), packed([[4, 9, 1], [13, 1]])
     recorder = SpikeRecorder(num_tokens=1000)
     is_on = spiking.neuron is NeuronKind.adaptive
@@ -55,11 +83,12 @@ _expected = functools.cache(functools.partial(_step, recompute=NOTHING))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("spiking", SPIKING)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
 def test_no_bit_changes_and_spikes_are_recorded_once(
-    kind: str, spiking: str, dtype: torch.dtype
+    name: str, kind: str, spiking: str, dtype: torch.dtype
 ) -> None:
-    loss, gradients, sums = _step(SPIKING[spiking], dtype, KINDS[kind])
-    expected_loss, expected_gradients, expected_sums = _expected(SPIKING[spiking], dtype)
+    loss, gradients, sums = _step(name, SPIKING[spiking], dtype, KINDS[kind])
+    expected_loss, expected_gradients, expected_sums = _expected(name, SPIKING[spiking], dtype)
     assert torch.equal(loss, expected_loss)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
         assert torch.equal(gradient, expected)
@@ -173,7 +202,7 @@ def test_nothing_is_left_after_the_backward_pass(kind: str) -> None:
         loss = model(tokens, sequence, labels=tokens, spikes=Spikes(k=3.0))
         torch.autograd.grad(loss, tuple(model.parameters()))
 
-    rotation = model.blocks[1].mixer._rotary._rotation
+    rotation = model.blocks[1].mixer.branches[0].core._rotary._rotation
     known = (*model.parameters(), tokens, rotation.cos, rotation.sin)
     assert kept_bytes(work, besides=known) == 0
 

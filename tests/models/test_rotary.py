@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from models.config import ModelConfig, RopeConfig, RopeType
+from models.config import ModelConfig
+from models.mixer_config import RopeConfig, RopeType
 from models.rotary import Rotary, inverse_frequencies, rotate
 from models.sequence import SequenceContext
 from tests.models.tiny import packed, tiny_config

@@ -12,16 +12,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from models.config import (
-    LinearAttentionConfig,
-    ModelConfig,
-    NeuronKind,
-    SpikingConfig,
-    ThresholdGrad,
-)
+from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
 from models.initialisation import tensor_for
 from models.layouts import parameter_layouts
 from models.lesson import Goals
+from models.mixer_config import BranchConfig, FeatureMap, GateKind, LinearAttentionConfig
 from models.model import Model
 from models.recomputation import Recomputation
 from models.spiking.neurons import Spikes
@@ -64,10 +59,12 @@ class Case:
 
     `is_cuttable` takes a deeper model, whose heads and channels four ranks can share out.
     `recompute` drops the first two blocks, `selective` norms, activations and mixers of all.
+    `branches` makes every mixer of the cuttable model two parallel ones with a key-tied gate.
     """
 
     parallel: ParallelConfig = ParallelConfig()
     is_cuttable: bool = False
+    branches: BranchConfig | None = None
     microbatch_rows: int = ROWS
     recompute: bool = False
     selective: bool = False
@@ -89,6 +86,7 @@ class Case:
             through=self.through,
             teacher=self.teacher,
             is_cuttable=self.is_cuttable,
+            branches=self.branches,
         )
 
 
@@ -142,6 +140,13 @@ def cuttable_config(case: Case) -> ModelConfig:
     linear = LinearAttentionConfig(gate_low_rank_dim=3)
     if case.precision is Precision.fp32:
         linear = replace(linear, norm_eps=1e-2)
+    mixers = "L S F L"
+    if case.branches is not None:
+        mixers = "[L+S L+F]*2"
+        linear = replace(
+            linear, feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied, gate_offset=1.0,
+            gate_floor=0.05,
+        )  # fmt: skip
     return ModelConfig(
         vocab_size=61,
         hidden_size=24,
@@ -149,8 +154,9 @@ def cuttable_config(case: Case) -> ModelConfig:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=4,
-        mixers="L S F L",
+        mixers=mixers,
         ffns="d*4",
+        branches=case.branches or BranchConfig(),
         qkv_bias=True,
         output_bias=True,
         ffn_bias=True,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from models.mixer_config import BranchConfig, BranchMerge, BranchNorm, BranchProjections
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.mesh import init
@@ -22,11 +23,22 @@ from tests.support.distributed import run_ranks
 STEPS = 2
 
 
-def case(precision: Precision = Precision.bf16, **axes: Any) -> Case:
+def case(
+    precision: Precision = Precision.bf16, branches: BranchConfig | None = None, **axes: Any
+) -> Case:
     parallel = ParallelConfig(vocab_multiple=4, **axes)
-    return Case(parallel=parallel, is_cuttable=True, microbatch_rows=2, precision=precision)
+    return Case(
+        parallel=parallel, is_cuttable=True, microbatch_rows=2, precision=precision,
+        branches=branches,
+    )  # fmt: skip
 
 
+BRANCHES = BranchConfig(merge=BranchMerge.learned)
+APART = BranchConfig(
+    merge=BranchMerge.learned,
+    norm=BranchNorm.after_output,
+    projections=BranchProjections.separate,
+)
 CASES = {
     "dp4 parameters": case(shard=Shard.parameters),
     "pp2 dp2 parameters": case(pp=2, shard=Shard.parameters),
@@ -36,6 +48,10 @@ CASES = {
     "tp2 dp2 parameters sequence": case(tp=2, sequence_parallel=True, shard=Shard.parameters),
     "tp2 pp2 sequence zero bubble": case(
         Precision.fp64, tp=2, pp=2, sequence_parallel=True, schedule=PipelineSchedule.zero_bubble
+    ),
+    "dp4 parameters branches": case(branches=BRANCHES, shard=Shard.parameters),
+    "pp2 tp2 branches sequence apart": case(
+        branches=APART, pp=2, tp=2, sequence_parallel=True, shard=Shard.parameters
     ),
 }
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from models.config import ModelConfig, RopeType
+from models.config import ModelConfig
 from models.conversion.config_keys import Format
 from models.conversion.source_config import read_config, read_format
 from models.layouts import parameter_layouts
+from models.mixer_config import RopeType
 
 QWEN2_5_7B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
