@@ -59,15 +59,23 @@ def refuse_unsupported(config: ModelConfig) -> None:
     Raises:
         ValueError: naming the field and the symbol.
     """
-    if FfnKind.mixture_of_experts in config.layers.ffns:
-        raise ValueError(
-            f"ffns ({config.ffns}) must be all d: got e, and mixture of experts is not in this "
-            "release. Use d."
-        )
     if config.uses_sinks:
         raise ValueError(
             f"sinks.num_tokens ({config.sinks.num_tokens}) must be 0: sink tokens are not in this "
             "release."
+        )
+
+
+def refuse_experts(config: ModelConfig, action: str) -> None:
+    """Refuse expert layers where only training knows them; `action` is what cannot be done.
+
+    Raises:
+        ValueError: naming the pattern.
+    """
+    if FfnKind.mixture_of_experts in config.layers.ffns:
+        raise ValueError(
+            f"ffns ({config.ffns}) must be all d to be {action}: got e, which is not in this "
+            "release. Use d."
         )
 
 

@@ -265,6 +265,10 @@ def test_dropped_mixers_are_listed_as_unused() -> None:
             },
             r"model.linear.gate \(key_tied\) must be low_rank in a conversion",
         ),
+        (
+            {"ffns": "d e d d"},
+            r"ffns \(d e d d\) must be all d to be converted to: got e, which is",
+        ),
     ],
 )
 def test_other_sizes_are_refused_with_both_numbers(changes: dict[str, Any], message: str) -> None:
