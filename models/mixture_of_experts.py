@@ -10,6 +10,8 @@ Shape letters: B rows, T tokens, D hidden, E experts, K choices of a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -32,8 +34,12 @@ class MixtureOfExperts(nn.Module):
         config, layers, again = parts.config, parts.layers, parts.recompute
         moe, inner = config.moe, config.expert_intermediate_size
         self.layer, self._moe, self._layers = layer, moe, layers
-        self._norms_again = layer in again.norms
-        self._router_again = layer in again.activations
+        # What is computed again as a whole needs no parts.
+        self._layer_again = layer in again.expert_layers
+        self._experts_again = layer in again.experts
+        self._norms_again = layer in again.norms - again.expert_layers
+        self._router_again = layer in again.activations - again.expert_layers
+        activations_again = self._router_again and not self._experts_again
         self.router = Router(config, layer=layer)
         self.experts = layers.experts(
             moe.num_experts,
@@ -41,7 +47,7 @@ class MixtureOfExperts(nn.Module):
             inner,
             neuron=parts.build_neuron(layers.cut_channels),
             layer=layer,
-            activations_again=layer in again.activations,
+            activations_again=activations_again,
         )
         self.shared: SwiGLUProjections | None = None
         if moe.num_shared_experts:
@@ -50,7 +56,8 @@ class MixtureOfExperts(nn.Module):
                 parts,
                 layer=layer,
                 inner_size=moe.num_shared_experts * inner,
-                activations_again=layer in again.activations,
+                activations_again=activations_again,
+                inner_again=self._experts_again,
             )
         self.in_neuron = parts.build_neuron(layers.whole_channels)
 
@@ -65,16 +72,49 @@ class MixtureOfExperts(nn.Module):
 
         `positions` `[B or 1, T]` are those of whole rows in their documents.
         """
-        with recomputed(self.router, x, when=self._router_again) as logits:
-            choice = self.router.choose(logits, self._held(positions))
-        plan = self._plan(choice, routing)
-        weights = self._layers.enter(choice.weights)
-        out = self._visit(x, plan, weights, spikes)
-        return out if routing is None else self._train_router(out, choice, plan, routing)
+        arguments = (self.router, self.experts, x, positions, spikes, routing)
+        with recomputed(self._run, *arguments, when=self._layer_again) as out:
+            return out
 
     def enter(self, x: Tensor, spikes: Spikes | None) -> Tensor:
         """Spiked x of the residual stream, as all experts need it."""
         return self._layers.enter(encode(self.in_neuron, x, spikes, f"{self.layer}/ffn_in"))
+
+    def _run(
+        self,
+        router: Callable[[Tensor], Tensor],
+        experts: Callable[..., Tensor],
+        x: Tensor,
+        positions: Tensor,
+        spikes: Spikes | None,
+        routing: Routing | None,
+    ) -> Tensor:
+        """The layer; what FSDP has hooks on is given, so that it runs again without them."""
+        with recomputed(router, x, when=self._router_again) as logits:
+            choice = self.router.choose(logits, self._held(positions))
+        plan = self._plan(choice, routing)
+        weights = self._layers.enter(choice.weights)
+        with recomputed(self.enter, x, spikes, when=self._norms_again) as entered:
+            shared = None if self.shared is None else self.shared(entered, spikes)
+            visit = recomputed(
+                self._visit, experts, entered, plan, spikes, when=self._experts_again
+            )
+            with visit as routed:
+                out = self._layers.leave(plan.combine(routed, weights))
+        out = out if shared is None else out + shared
+        return out if routing is None else self._train_router(out, choice, plan, routing)
+
+    def _visit(
+        self,
+        experts: Callable[..., Tensor],
+        entered: Tensor,
+        plan: Dispatch,
+        spikes: Spikes | None,
+    ) -> Tensor:
+        """What the experts make of their rows of all tokens."""
+        again = self._norms_again and not self._experts_again
+        with recomputed(plan.rows, entered, when=again) as rows:
+            return experts(rows, plan.groups, spikes)
 
     def _held(self, positions: Tensor) -> Tensor:
         """Those of the tokens that the residual stream holds here."""
@@ -90,17 +130,6 @@ class MixtureOfExperts(nn.Module):
             self._moe.num_experts,
             capacity_factor=None if routing is None else self._moe.capacity_factor,
         )
-
-    def _visit(self, x: Tensor, plan: Dispatch, weights: Tensor, spikes: Spikes | None) -> Tensor:
-        """What the experts make of x."""
-        with recomputed(self.enter, x, spikes, when=self._norms_again) as entered:
-            shared = None if self.shared is None else self.shared.project(entered)
-            with recomputed(plan.rows, entered, when=self._norms_again) as rows:
-                routed = self.experts(rows, plan.groups, spikes)
-        out = self._layers.leave(plan.combine(routed, weights))
-        if self.shared is None or shared is None:
-            return out
-        return out + self.shared.finish(*shared, spikes)
 
     def _train_router(
         self, out: Tensor, choice: Choice, plan: Dispatch, routing: Routing

@@ -59,9 +59,9 @@ class Case:
     """One way to compute the same run; `oracle` drops everything that must not matter.
 
     `is_cuttable` takes a deeper model, whose heads and channels four ranks can share out.
-    `recompute` drops the first two blocks, `selective` norms, activations and mixers of all.
-    `branches` makes every mixer of the cuttable model two parallel ones with a key-tied gate, `moe`
-    every other layer one of experts.
+    `recompute` drops the first two blocks, `selective` norms, activations and mixers of all, and of
+    experts one layer whole and what others do inside. `branches` makes every mixer of the cuttable
+    model two parallel ones with a key-tied gate, `moe` every other layer one of experts.
     """
 
     parallel: ParallelConfig = ParallelConfig()
@@ -262,7 +262,14 @@ def trainable(config: ModelConfig) -> list[str]:
 def recomputation_of(case: Case, config: ModelConfig) -> Recomputation:
     layers = frozenset(range(config.num_hidden_layers))
     if case.selective:
-        return Recomputation(norms=layers, activations=layers, mixers=layers)
+        experts = frozenset({1, 3}) if case.moe else frozenset()
+        return Recomputation(
+            norms=layers,
+            activations=layers,
+            mixers=layers,
+            expert_layers=experts & {1},
+            experts=experts & {3},
+        )
     return Recomputation(blocks=frozenset({0, 1}) if case.recompute else frozenset())
 
 
