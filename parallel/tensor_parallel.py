@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.experts import Experts
+from models.layer_pattern import FfnKind
 from models.layers import Embedding, Head, Linear
 from models.spiking.channels import Channels, TokenShare
 from parallel.config import ParallelConfig
@@ -47,6 +49,10 @@ class TensorParallelLayers:
         """Residual stream to all tokens; the gradient is summed over ranks."""
         return self.region.enter(x)
 
+    def leave(self, x: Tensor) -> Tensor:
+        """Sums over this rank's channels to the residual stream."""
+        return self.region.leave(x)
+
     def column_linear(self, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         """This rank's output channels."""
         return Linear(in_features, self._share(out_features), bias=bias)
@@ -72,6 +78,26 @@ class TensorParallelLayers:
             is_tied=is_tied,
             vocabulary=self._vocabulary(vocab_size),
             enter=self.region.enter,
+        )
+
+    def experts(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        inner_size: int,
+        *,
+        neuron: nn.Module | None,
+        layer: int,
+        activations_again: bool,
+    ) -> nn.Module:
+        """All experts with this rank's inner channels."""
+        return Experts(
+            num_experts,
+            hidden_size,
+            self._share(inner_size),
+            neuron=neuron,
+            layer=layer,
+            activations_again=activations_again,
         )
 
     def _share(self, features: int) -> int:
@@ -140,6 +166,8 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
         "num_key_value_heads": config.num_key_value_heads,
         "intermediate_size": config.intermediate_size,
     }
+    if FfnKind.mixture_of_experts in config.layers.ffns:
+        cut["moe.intermediate_size"] = config.expert_intermediate_size
     for name, value in cut.items():
         if value % tp:
             common = gcd(*cut.values())
