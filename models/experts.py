@@ -60,7 +60,7 @@ class Experts(nn.Module):
     def _activate(self, gate: Tensor, up: Tensor, groups: Groups, spikes: Spikes | None) -> Tensor:
         inner = F.silu(gate) * up
         if groups.is_real is not None and spikes is not None and spikes.recorder is not None:
-            # Rows that only fill up are no statistics.
-            encode(self.out_neuron, inner[groups.is_real].detach(), spikes, self._site)
+            # Rows that only fill up are no statistics. Nothing here is kept for the backward pass.
+            encode(self.out_neuron, inner.detach()[groups.is_real], spikes, self._site)
             spikes = replace(spikes, recorder=None)
         return encode(self.out_neuron, inner, spikes, self._site)

@@ -63,7 +63,7 @@ def extend(
     x = model.embedding(tokens)
     mixers: list[MixerState] = []
     for block, mixer in zip(model.blocks, state.mixers, strict=True):
-        x, mixer = block.extend(x, mixer, spikes)
+        x, mixer = block.extend(x, mixer, spikes, first_position=state.next_position)
         mixers.append(mixer)
     position = state.next_position + tokens.shape[1]
     return model.final_norm(x), DecodeState(mixers=mixers, next_position=position)

@@ -66,11 +66,6 @@ def refuse_unsupported(config: ModelConfig) -> None:
                 f"mixers ({config.mixers}) must have one mixer a layer: got {symbol}, and parallel "
                 "branches are not in this release. Use F, S, L or _."
             )
-    if FfnKind.mixture_of_experts in config.layers.ffns:
-        raise ValueError(
-            f"ffns ({config.ffns}) must be all d: got e, and mixture of experts is not in this "
-            "release. Use d."
-        )
     for name, default in (("gate", GateKind.low_rank), ("feature_map", FeatureMap.relu)):
         value = getattr(config.linear, name)
         if value is not default:
@@ -81,6 +76,19 @@ def refuse_unsupported(config: ModelConfig) -> None:
         raise ValueError(
             f"sinks.num_tokens ({config.sinks.num_tokens}) must be 0: sink tokens are not in this "
             "release."
+        )
+
+
+def refuse_experts(config: ModelConfig, action: str) -> None:
+    """Refuse expert layers where only training knows them; `action` is what cannot be done.
+
+    Raises:
+        ValueError: naming the pattern.
+    """
+    if FfnKind.mixture_of_experts in config.layers.ffns:
+        raise ValueError(
+            f"ffns ({config.ffns}) must be all d to be {action}: got e, which is not in this "
+            "release. Use d."
         )
 
 

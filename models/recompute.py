@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from models.routing import Routing
 from models.spiking.neurons import Spikes
 
 
@@ -30,9 +31,10 @@ def recomputed(
     Neither do the operations of `function`. What any of them would have kept is computed again when
     the backward pass asks, once for all of them, by another call with the same arguments: tensors,
     also in tuples, are kept; a module (`function` or an argument) is called through its `forward`,
-    without the hooks that ran the first time; `Spikes` come without their recorder. Blocks nest: an
-    argument that is the output of an outer one is not kept either. Only the innermost block watches
-    what is kept, so an outer output has no other reader than such an argument there.
+    without the hooks that ran the first time; `Spikes` and `Routing` come without their recorder.
+    Blocks nest: an argument that is the output of an outer one is not kept either. Only the
+    innermost block watches what is kept, so an outer output has no other reader than such an
+    argument there.
 
     Args:
         function: deterministic, reads nothing that changes before the backward pass.
@@ -167,10 +169,10 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _second_time(value: Any) -> Any:
-    """A module without its hooks, spikes without their recorder, anything else as it is."""
+    """A module without its hooks, what records without its recorder, anything else as it is."""
     if isinstance(value, nn.Module):
         return value.forward
-    if isinstance(value, Spikes):
+    if isinstance(value, Spikes | Routing):
         return replace(value, recorder=None)
     return value
 

@@ -29,14 +29,14 @@ from parallel.mesh import Mesh
 FLOAT32_MODULES = frozenset(
     {
         "mixer_norm", "ffn_norm", "final_norm", "q_norm", "k_norm", "head_norm",
-        "gate_down", "gate_up",
+        "gate_down", "gate_up", "router",
     }
 )  # fmt: skip
 """Modules whose parameters act in float32 while the rest computes in bfloat16.
 
 FSDP2 would hand them bfloat16 weights inside forward (measured), so each block's lie in a unit of
 their own, which is small and stays gathered until the backward pass. Their inputs are not cast:
-norms return their input's dtype, and the gate widens its input itself.
+norms return their input's dtype, gate and router widen their input themselves.
 """
 EXPERT_MODULE = "experts"
 """Module whose parameters are cut over the expert-parallel axis where there is one."""

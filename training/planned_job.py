@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.layouts import parameter_layouts, refuse_unsupported
+from models.layouts import parameter_layouts, refuse_experts, refuse_unsupported
 from parallel.config import Precision
 from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import RankMemory, rank_memory
@@ -17,10 +17,11 @@ def planned_job(config: RunConfig, stage_name: str, *, kernels: tuple[str, str])
     """What a curriculum stage trains; `kernels` name the linear and the softmax attention kernel.
 
     Raises:
-        ValueError: pipeline stages that the model cannot be cut into.
+        ValueError: pipeline stages that the model cannot be cut into, or expert layers.
     """
     stage, training = config.stages[stage_name], config.training
     refuse_unsupported(config.model)
+    refuse_experts(config.model, "planned")
     return Job(
         model=config.model,
         spiking=config.spiking,

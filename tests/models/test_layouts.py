@@ -165,7 +165,6 @@ def test_new_parameters_are_gates_and_head_norms_only() -> None:
     ("changes", "message"),
     [
         ({"mixers": "L+S F F F"}, r"got L\+S, and parallel branches are not in this release"),
-        ({"ffns": "d d d e"}, "got e, and mixture of experts is not in this release"),
         ({"sinks": SinkConfig(num_tokens=3)}, r"sinks\.num_tokens \(3\) must be 0"),
         (
             {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
+from models.expert_config import ExpertConfig
 from models.initialisation import tensor_for
 from models.layouts import parameter_layouts
 from models.lesson import Goals
@@ -58,7 +59,8 @@ class Case:
     """One way to compute the same run; `oracle` drops everything that must not matter.
 
     `is_cuttable` takes a deeper model, whose heads and channels four ranks can share out.
-    `recompute` drops the first two blocks, `selective` norms, activations and mixers of all.
+    `recompute` drops the first two blocks, `selective` norms, activations and mixers of all. `moe`
+    makes every other layer one of experts.
     """
 
     parallel: ParallelConfig = ParallelConfig()
@@ -74,6 +76,7 @@ class Case:
     teacher: Goals | None = None
     offload: bool = False
     precision: Precision = Precision.fp64
+    moe: ExpertConfig | None = None
 
     def oracle(self) -> Case:
         return Case(
@@ -84,6 +87,7 @@ class Case:
             through=self.through,
             teacher=self.teacher,
             is_cuttable=self.is_cuttable,
+            moe=self.moe,
         )
 
 
@@ -96,19 +100,26 @@ class Rows:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run computed: numbers of every step, gradients of the first, final parameters."""
+    """What one run computed: numbers of every step, gradients of the first, final parameters.
+
+    `routing` are the metrics of expert layers.
+    """
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
     statistics: dict[str, float]
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
+    routing: tuple[dict[str, float], ...]
 
 
 def config_of(case: Case) -> ModelConfig:
     """Sizes that no number of ranks divides; the gate has fewer rows than four ranks."""
     if case.is_cuttable:
-        return cuttable_config(case)
+        config = cuttable_config(case)
+        if case.moe is None:
+            return config
+        return replace(config, ffns="[d e]*2", ffn_bias=False, moe=case.moe)
     return ModelConfig(
         vocab_size=61,
         hidden_size=18,
@@ -209,7 +220,7 @@ def share_of(rows: Rows, rank: int, size: int, microbatch_rows: int) -> list[Row
 
 def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEngine:
     config = config_of(case)
-    names = list(parameter_layouts(config))
+    names = trainable(config)
     spec = TeacherSpec(teacher_config(case), case.teacher or Goals(0, 0, 1), case.offload)
     engine = TorchEngine(
         config,
@@ -232,6 +243,11 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
     return engine
 
 
+def trainable(config: ModelConfig) -> list[str]:
+    """Parameters with a gradient."""
+    return [name for name, layout in parameter_layouts(config).items() if not layout.is_state]
+
+
 def recomputation_of(case: Case, config: ModelConfig) -> Recomputation:
     layers = frozenset(range(config.num_hidden_layers))
     if case.selective:
@@ -243,29 +259,35 @@ def train_step(
     engine: TorchEngine, case: Case, step: int, recorder: SpikeRecorder | None = None
 ) -> float:
     """Forward and backward of one step; returns its loss."""
+    return step_metrics(engine, case, step, recorder)["loss"]
+
+
+def step_metrics(
+    engine: TorchEngine, case: Case, step: int, recorder: SpikeRecorder | None = None
+) -> dict[str, float]:
+    """Forward and backward of one step; returns all that the engine says of it."""
     mine = share_of(rows_of(step), engine.mesh.dp_rank, engine.mesh.dp_size, case.microbatch_rows)
     mine_targets = sum(int((m.labels != -100).sum()) for m in mine)
     targets = engine.sum_over_ranks(torch.tensor([mine_targets], dtype=torch.float64))
-    losses = engine.forward_backward(
-        mine, num_targets=int(targets), spikes=spikes_of(case, recorder)
-    )
-    return losses["loss"]
+    return engine.forward_backward(mine, num_targets=int(targets), spikes=spikes_of(case, recorder))
 
 
 def train(engine: TorchEngine, case: Case, *, first: int = 0, last: int = STEPS) -> Run:
-    losses, norms = [], []
+    losses, norms, routing = [], [], []
     gradients: dict[str, Tensor] = {}
     statistics: dict[str, float] = {}
     for step in range(first, last):
         recorder = SpikeRecorder(STATISTICS_TOKENS) if step == first else None
-        losses.append(train_step(engine, case, step, recorder))
+        found = step_metrics(engine, case, step, recorder)
+        losses.append(found["loss"])
+        routing.append({name: value for name, value in found.items() if name.startswith("moe/")})
         if recorder is not None:
             gradients = gather(engine.mesh, engine.gradients())
             recorder.load(engine.sum_by_name(recorder.tensors()))
             statistics = statistics_of(recorder)
         norms.append(engine.clip_and_step(LEARNING_RATE))
     final = gather(engine.mesh, engine.parameters)
-    return Run(tuple(losses), tuple(norms), statistics, gradients, final)
+    return Run(tuple(losses), tuple(norms), statistics, gradients, final, tuple(routing))
 
 
 def gather(mesh: Mesh, boxes: dict[str, Box]) -> dict[str, Tensor]:
@@ -297,8 +319,9 @@ def statistics_of(recorder: SpikeRecorder) -> dict[str, float]:
 
 def teacher_config(case: Case) -> ModelConfig:
     """A plain Transformer of the student's sizes with a head of its own."""
-    mixers = f"F*{config_of(case).num_hidden_layers}"
-    return replace(config_of(case), mixers=mixers, tie_word_embeddings=False)
+    layers = config_of(case).num_hidden_layers
+    mixers, ffns = f"F*{layers}", f"d*{layers}"
+    return replace(config_of(case), mixers=mixers, ffns=ffns, tie_word_embeddings=False)
 
 
 def teacher_model(case: Case) -> Model:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.expert_config import Balance, ExpertConfig
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import TorchEngine
@@ -101,6 +102,14 @@ def look_at_levels(rank: int, world_size: int) -> dict[str, Any]:
             collectives_of(mesh, Case(parallel=LEVELS[shard], microbatch_rows=rows))
             for rows in (ROWS // 2, ROWS // 4)
         ]
+        experts = Case(
+            parallel=LEVELS[shard],
+            is_cuttable=True,
+            precision=Precision.bf16,
+            moe=ExpertConfig(num_experts=4, balance=Balance.bias),
+        )
+        engine = build_engine(mesh, experts)
+        results[f"{shard.name} expert dtypes"] = dtypes_inside_forward(engine, experts)
         wide = Case(parallel=LEVELS[shard], precision=Precision.fp32)
         results[f"{shard.name} fp32 loss"] = train_step(build_engine(mesh, wide), wide, 0)
     return results
@@ -150,6 +159,15 @@ def test_norms_and_gates_act_in_float32(levels: dict[str, Any], shard: str) -> N
     for name, dtype in seen.items():
         expected = torch.float32 if name.endswith(FLOAT32) else torch.bfloat16
         assert dtype == expected, name
+
+
+@pytest.mark.parametrize("shard", [shard.name for shard in Shard])
+def test_routers_act_in_float32(levels: dict[str, Any], shard: str) -> None:
+    seen: dict[str, torch.dtype] = levels[f"{shard} expert dtypes"]
+    experts = {name: dtype for name, dtype in seen.items() if name.startswith("blocks.1.ffn.")}
+    assert len(experts) == 8
+    for name, dtype in experts.items():
+        assert dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
 
 
 @pytest.mark.parametrize("shard", [shard.name for shard in Shard])

@@ -92,6 +92,18 @@ def test_a_teacher_is_said_to_be_left_out() -> None:
     assert lines_of(config, 1)[-1].startswith("  not counted: training.teacher (runs/teacher), its")
 
 
+def test_memory_of_experts_is_not_planned() -> None:
+    config = config_with(model={**FOUR_LAYERS, "ffns": "d e d e"})
+    lines = lines_of(config, 1)
+    assert lines[1:] == [
+        "1 rank = pp 1 x dp 1 x tp 1, dp = 1 x 1 shards (gradients)",
+        "memory of expert layers is not planned in this release",
+    ]
+    message = r"ffns \(d e d e\) must be all d to be planned: got e, which is not in this release"
+    with pytest.raises(ValueError, match=message):
+        planned_memory(config, num_ranks=1, kernels=KERNELS)
+
+
 def test_columns_are_aligned() -> None:
     assert list(aligned([("a", "b"), ("long", "1,000"), ("c", "")])) == [
         "  a         b", "  long  1,000", "  c",

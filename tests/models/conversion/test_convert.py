@@ -249,6 +249,10 @@ def test_dropped_mixers_are_listed_as_unused() -> None:
         ({"mixers": "F*3", "ffns": "d*3"}, r"num_hidden_layers \(3\) must equal .* got 4"),
         ({"qkv_bias": False}, r"model.qkv_bias \(False\) must equal the source's: got True"),
         ({"qk_norm": True}, r"model.qk_norm \(True\) must equal the source's: got False"),
+        (
+            {"ffns": "d e d d"},
+            r"ffns \(d e d d\) must be all d to be converted to: got e, which is",
+        ),
     ],
 )
 def test_other_sizes_are_refused_with_both_numbers(changes: dict[str, Any], message: str) -> None:
