@@ -46,6 +46,10 @@ class Groups:
         self.scale = scale
         self._sizes: list[int] | None = None
 
+    def spiked(self, scale: Tensor) -> Groups:
+        """The same groups of rows that are multiples of a scale."""
+        return Groups(self.counts, length=self.length, is_real=self.is_real, scale=scale)
+
     @property
     def ends(self) -> Tensor:
         """The row after each expert's last, `[E]` int32."""

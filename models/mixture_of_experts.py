@@ -17,11 +17,12 @@ from models.attached_loss import attach
 from models.balance import router_losses
 from models.dispatch import Dispatch, dispatch
 from models.feed_forward import SwiGLUProjections
+from models.grouped_linear import Groups
 from models.layers import Parts
 from models.recompute import recomputed
 from models.router import Choice, Router
 from models.routing import Routing
-from models.spiking.neurons import Spikes, encode
+from models.spiking.neurons import AdaptiveThreshold, Spikes, encode
 
 
 class MixtureOfExperts(nn.Module):
@@ -96,11 +97,20 @@ class MixtureOfExperts(nn.Module):
         with recomputed(self.enter, x, spikes, when=self._norms_again) as entered:
             shared = None if self.shared is None else self.shared.project(entered)
             with recomputed(plan.rows, entered, when=self._norms_again) as rows:
-                routed = self.experts(rows, plan.groups, spikes)
+                routed = self.experts(rows, self._groups(x, plan, spikes), spikes)
         out = self._layers.leave(plan.combine(routed, weights))
         if self.shared is None or shared is None:
             return out
         return out + self.shared.finish(*shared, spikes)
+
+    @torch.no_grad()
+    def _groups(self, x: Tensor, plan: Dispatch, spikes: Spikes | None) -> Groups:
+        """The experts' rows; what they are multiples of where they travel as spikes."""
+        neuron, is_asked = self.in_neuron, getattr(self.experts, "sends_spikes", False)
+        if spikes is None or not is_asked or not isinstance(neuron, AdaptiveThreshold):
+            return plan.groups
+        scale = self._layers.enter(neuron.threshold(x, spikes.k))
+        return plan.groups.spiked(plan.rows(scale))
 
     def _train_router(
         self, out: Tensor, choice: Choice, plan: Dispatch, routing: Routing

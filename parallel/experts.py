@@ -26,6 +26,8 @@ from parallel.row_routes import Integers, Route, find_route, from_experts, to_ex
 class DistantExperts(Experts):
     """This rank's part of `num_experts`, behind the way to them; arguments as of `Experts`."""
 
+    sends_spikes = True
+
     def __init__(  # noqa: PLR0913 - those of Experts, and the group
         self,
         num_experts: int,
