@@ -7,33 +7,24 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from models.expert_config import Balance, ExpertConfig, RouterScore
 from models.lesson import Goals
 from parallel.backend.cpu import CpuBackend
-from parallel.checkpoint import load, read_manifest, save
-from parallel.collective_count import CollectiveCount
 from parallel.config import PipelineSchedule, Shard
-from parallel.engine import TorchEngine
 from parallel.mesh import init
 from tests.parallel.engine_cases import (
-    STEPS,
     Case,
     Rule,
     RuleName,
     Run,
     build_engine,
-    gather,
     train,
 )
-from tests.parallel.engine_oracle import oracle, oracle_statistics
-from tests.parallel.test_elastic import Digests, Numbers, digests, state_of, take_steps
+from tests.parallel.engine_oracle import oracle
 from tests.parallel.test_expert_layouts import GRADIENT, LOSS, case
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
@@ -63,7 +54,7 @@ TWO = {
         PREVIOUS, ep=2, recompute=True, shard=Shard.parameters, rows=1
     ),
     "ep2 parameters selective": case(DROPLESS, ep=2, selective=True, shard=Shard.parameters),
-    "ep2 continuous": case(PREVIOUS, ep=2, spiking=False),
+    "ep2 continuous": case(DROPLESS, ep=2, spiking=False),
     "ep2 through": case(CAPACITY, ep=2, through=True),
     "ep2 tied sgd": case(DROPLESS, ep=2, tied=True, rule=Rule(RuleName.sgd)),
     "ep2 teacher": case(DROPLESS, ep=2, teacher=Goals(kl=0.5, hidden=0.25, temperature=2.0)),
