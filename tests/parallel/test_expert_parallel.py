@@ -6,7 +6,9 @@ The oracle computes every expert on every token, in one process and one pass, in
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,17 +16,21 @@ import pytest
 from models.expert_config import Balance, ExpertConfig, RouterScore
 from models.lesson import Goals
 from parallel.backend.cpu import CpuBackend
+from parallel.checkpoint import save
 from parallel.config import PipelineSchedule, Shard
 from parallel.mesh import init
 from tests.parallel.engine_cases import (
+    SEED,
     Case,
     Rule,
     RuleName,
     Run,
     build_engine,
+    gather,
     train,
 )
-from tests.parallel.engine_oracle import oracle
+from tests.parallel.engine_oracle import oracle, oracle_statistics
+from tests.parallel.test_elastic import Digests, Numbers, digests, resume, state_of, take_steps
 from tests.parallel.test_expert_layouts import GRADIENT, LOSS, case
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
@@ -144,3 +150,60 @@ def test_equals_one_process(runs: Any, name: str) -> None:
     for found, wanted in zip(actual.routing, expected.routing, strict=True):
         for metric, value in wanted.items():
             assert_close(found[metric], value, relative=GRADIENT, name=metric)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spikes_are_counted_as_in_one_process(runs: Any, name: str) -> None:
+    """But for those inside of experts: their samples are of the rows that a rank's experts get."""
+    each = CASES[name]
+    actual: Run = runs(name)
+    if not each.spiking:
+        assert actual.statistics == {}
+        return
+    inside = {metric for metric in actual.statistics if "expert_out" in metric}
+    expected = oracle_statistics(each)
+    assert inside == {metric for metric in expected if "expert_out" in metric} != set()
+    for metric in expected.keys() - inside:
+        assert actual.statistics[metric] == expected[metric], metric
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a layout found in a checkpoint, its next step, and what it saved then."""
+
+    found: Digests
+    numbers: Numbers
+    saved: Digests
+
+
+MOVED = {2: case(BIAS, ep=2), 1: case(BIAS), 4: case(BIAS, ep=4, shard=Shard.parameters)}
+"""A layout for each number of ranks, in the order in which they continue each other's run."""
+SIZES_IN_TURN = tuple(MOVED)
+
+
+def visit(rank: int, world_size: int, folder: Path) -> Visit:
+    """Load what the layout before has saved, take a step, save."""
+    turn, each = SIZES_IN_TURN.index(world_size), MOVED[world_size]
+    mesh = init(CpuBackend(), each.parallel)
+    engine = build_engine(mesh, each, seed=None if turn else SEED)
+    found: Digests = {}
+    if turn:
+        found = resume(folder / str(turn - 1), engine, mesh)
+    numbers = take_steps(engine, each, turn, turn + 1)
+    save(folder / str(turn), state_of(engine), {"num_updates": engine.num_updates}, mesh=mesh)
+    return Visit(found, numbers, digests(gather(mesh, state_of(engine))))
+
+
+def test_a_run_moves_from_ep_2_to_1_to_4(tmp_path: Path) -> None:
+    """Parameters, moments and what routers remember keep their bits; the run is the oracle's."""
+    visits = [run_ranks(visit, size, tmp_path, tmp_path=tmp_path)[0] for size in SIZES_IN_TURN]
+    for before, after in itertools.pairwise(visits):
+        assert after.found == before.saved
+    keys = visits[0].saved.keys()
+    assert {"model/blocks.1.ffn.experts.up_proj.weight", "model/blocks.1.ffn.router.selection_bias",
+            "optimizer/exp_avg_sq/blocks.3.ffn.experts.down_proj.weight"} < keys  # fmt: skip
+    expected = expected_run(MOVED[1].oracle())
+    losses = [loss for each in visits for loss in each.numbers.losses]
+    norms = [norm for each in visits for norm in each.numbers.norms]
+    assert_close(losses, expected.losses[: len(visits)], relative=LOSS, name="losses")
+    assert_close(norms, expected.norms[: len(visits)], relative=GRADIENT, name="norms")
