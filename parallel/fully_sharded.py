@@ -8,7 +8,6 @@ With one rank the same code runs without communication.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,8 +142,6 @@ def _shard_experts(
     """Make units of a block's experts over the ranks that hold the same ones; returns them."""
     own = mesh.expert_fsdp_mesh
     options = {**options, "mesh": own, "shard_placement_fn": _cut_over(own.size(-1))}
-    # Rows come in the dtype of the stream, and what scales them must keep its own.
-    policy = replace(policy, cast_forward_inputs=False)
     found = set(_modules_named(block, {EXPERT_MODULE}))
     for experts in found:
         fully_shard(experts, mp_policy=policy, **options)
