@@ -31,13 +31,24 @@ class Groups:
         counts: rows of each expert, `[E]` int64 on the rows' device.
         length: the number of rows that all experts have; None where they differ.
         is_real: `[M]`, False for rows that only fill up to `length`; None where all are real.
+        scale: `[M, 1]`, what spiked rows are whole multiples of; None where they are not spiked.
     """
 
     def __init__(
-        self, counts: Tensor, *, length: int | None = None, is_real: Tensor | None = None
+        self,
+        counts: Tensor,
+        *,
+        length: int | None = None,
+        is_real: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> None:
         self.counts, self.length, self.is_real = counts, length, is_real
+        self.scale = scale
         self._sizes: list[int] | None = None
+
+    def spiked(self, scale: Tensor) -> Groups:
+        """The same groups of rows that are multiples of a scale."""
+        return Groups(self.counts, length=self.length, is_real=self.is_real, scale=scale)
 
     @property
     def ends(self) -> Tensor:

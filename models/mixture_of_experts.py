@@ -19,11 +19,12 @@ from models.attached_loss import attach
 from models.balance import router_losses
 from models.dispatch import Dispatch, dispatch
 from models.feed_forward import SwiGLUProjections
+from models.grouped_linear import Groups
 from models.layers import Parts
 from models.recompute import recomputed
 from models.router import Choice, Router
 from models.routing import Routing
-from models.spiking.neurons import Spikes, encode
+from models.spiking.neurons import AdaptiveThreshold, Spikes, encode
 
 
 class MixtureOfExperts(nn.Module):
@@ -93,11 +94,12 @@ class MixtureOfExperts(nn.Module):
         with recomputed(router, x, when=self._router_again) as logits:
             choice = self.router.choose(logits, self._held(positions))
         plan = self._plan(choice, routing)
+        groups = self._groups(x, plan, spikes)
         weights = self._layers.enter(choice.weights)
         with recomputed(self.enter, x, spikes, when=self._norms_again) as entered:
             shared = None if self.shared is None else self.shared(entered, spikes)
             visit = recomputed(
-                self._visit, experts, entered, plan, spikes, when=self._experts_again
+                self._visit, experts, entered, plan, groups, spikes, when=self._experts_again
             )
             with visit as routed:
                 out = self._layers.leave(plan.combine(routed, weights))
@@ -109,12 +111,13 @@ class MixtureOfExperts(nn.Module):
         experts: Callable[..., Tensor],
         entered: Tensor,
         plan: Dispatch,
+        groups: Groups,
         spikes: Spikes | None,
     ) -> Tensor:
         """What the experts make of their rows of all tokens."""
         again = self._norms_again and not self._experts_again
         with recomputed(plan.rows, entered, when=again) as rows:
-            return experts(rows, plan.groups, spikes)
+            return experts(rows, groups, spikes)
 
     def _held(self, positions: Tensor) -> Tensor:
         """Those of the tokens that the residual stream holds here."""
@@ -130,6 +133,15 @@ class MixtureOfExperts(nn.Module):
             self._moe.num_experts,
             capacity_factor=None if routing is None else self._moe.capacity_factor,
         )
+
+    @torch.no_grad()
+    def _groups(self, x: Tensor, plan: Dispatch, spikes: Spikes | None) -> Groups:
+        """The experts' rows; what they are multiples of where they travel as spikes."""
+        neuron, is_asked = self.in_neuron, getattr(self.experts, "sends_spikes", False)
+        if spikes is None or not is_asked or not isinstance(neuron, AdaptiveThreshold):
+            return plan.groups
+        scale = self._layers.enter(neuron.threshold(x, spikes.k))
+        return plan.groups.spiked(plan.rows(scale))
 
     def _train_router(
         self, out: Tensor, choice: Choice, plan: Dispatch, routing: Routing

@@ -13,7 +13,7 @@ from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.head_memory import embedding_footprint, head_footprint
 from models.memory_tape import Footprint
 from models.recomputation import NOTHING, Recomputation
-from parallel.axes import axis_sizes
+from parallel.axes import axis_sizes, expert_axis_sizes
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.fully_sharded import compute_dtype, master_dtype
 from parallel.memory_replay import StageBytes
@@ -95,6 +95,21 @@ class Layout:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def ep(self) -> int:
+        """Ranks that experts are cut over."""
+        return self.parallel.ep
+
+    @property
+    def edp_replicate(self) -> int:
+        """Copies of a rank's experts."""
+        return self._expert_sizes()[1]
+
+    @property
+    def edp_shard(self) -> int:
+        """Ranks that share out one copy of a rank's experts."""
+        return self._expert_sizes()[2]
+
+    @property
     def num_devices(self) -> int:
         """Ranks of all axes."""
         return self.pp * self.dp * self.tp
@@ -106,6 +121,10 @@ class Layout:
         if is_split and self.parallel.shard is Shard.parameters:
             return Shard.gradients
         return self.parallel.shard
+
+    def _expert_sizes(self) -> tuple[int, ...]:
+        sizes = (self.pp, self.dp_replicate, self.dp_shard, self.tp)
+        return expert_axis_sizes(sizes, self.ep)
 
     def num_microbatches(self, job: Job) -> int:
         """Of a step, on each data-parallel rank."""
@@ -145,7 +164,7 @@ class Assignment:
         )  # fmt: skip
         shares = Shares(
             tp=layout.tp, dp_shard=layout.dp_shard, vocab_multiple=parallel.vocab_multiple,
-            shard_rank=shard_rank,
+            shard_rank=shard_rank, dp_replicate=layout.dp_replicate, ep=parallel.ep,
         )  # fmt: skip
         if stages is None:
             stages = cut(job.model, parallel, sequence_length=job.length)
@@ -171,10 +190,8 @@ class Assignment:
         return Rules(
             master=self.job.master,
             narrow=self.job.narrow,
-            dp_shard=self.layout.dp_shard,
             shard=self.layout.shard,
             is_pipelined=is_pipelined,
-            divides_apart=self.layout.dp_shard == 1 and self.layout.dp > 1,
             keeps_sent=is_pipelined and self.layout.parallel.schedule not in ONE_STAGE_A_RANK,
         )
 

@@ -164,7 +164,7 @@ class _Clock:
         self, traffic: Sequence[Traffic], durations: dict[int, dict[Work, float]], line: Timeline
     ) -> float:
         """Seconds of data-parallel communication that computing does not hide."""
-        over_dp = [each for each in traffic if each.axis.startswith("dp")]
+        over_dp = [each for each in traffic if each.axis.startswith(("dp", "edp"))]
         gather = self.seconds([each for each in over_dp if each.kind is Kind.all_gather])
         reduce = self.seconds([each for each in over_dp if each.kind is not Kind.all_gather])
         shares_parameters = self.given.layout.shard is Shard.parameters
@@ -220,8 +220,8 @@ class _Clock:
         return self.peak * share
 
     def _crossing(self, traffic: Sequence[Traffic]) -> float:
-        """Seconds of a microbatch's tensor-parallel borders and sends, half of both passes'."""
-        own = [each for each in traffic if each.axis in ("tp", "pp")]
+        """Seconds of a microbatch's borders of regions, rows of experts and sends, of one pass."""
+        own = [each for each in traffic if each.axis in ("tp", "ep", "pp")]
         count = self.given.num_microbatches * self.given.layout.parallel.stages_per_rank
         return self.seconds(own) / count / 2
 
@@ -229,7 +229,8 @@ class _Clock:
         layout = self.given.layout
         sizes = {
             "tp": layout.tp, "dp_shard": layout.dp_shard, "dp_replicate": layout.dp_replicate,
-            "pp": layout.pp,
+            "pp": layout.pp, "ep": layout.ep,
+            "edp_shard": layout.edp_shard, "edp_replicate": layout.edp_replicate,
         }  # fmt: skip
         return sizes[axis]
 
@@ -239,6 +240,8 @@ class _Clock:
         reach = {
             "tp": layout.tp, "dp_shard": layout.tp * layout.dp_shard,
             "dp_replicate": layout.tp * layout.dp, "pp": layout.num_devices,
+            "ep": layout.tp * layout.ep, "edp_replicate": layout.tp * layout.dp,
+            "edp_shard": layout.tp * layout.ep * layout.edp_shard,
         }[axis]  # fmt: skip
         inside = reach <= self.device.devices_per_node
         device = self.device

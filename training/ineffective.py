@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from models.layer_pattern import FfnKind
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
 from training.config import DistillConfig, OptimizerConfig, OptimizerName, RunConfig
 
@@ -14,6 +15,7 @@ def ineffective_options(config: RunConfig) -> list[str]:
     """One sentence for each."""
     return [
         *_of_layout(config.parallel),
+        *_of_experts(config),
         *_of_teacher(config.distill, has_teacher=config.training.teacher is not None),
         *_of_optimizer(config.optimizer),
     ]
@@ -32,6 +34,12 @@ def _of_layout(parallel: ParallelConfig) -> list[str]:
             "split backward needs parameters that stay gathered."
         )
     return lines
+
+
+def _of_experts(config: RunConfig) -> list[str]:
+    if FfnKind.mixture_of_experts in config.model.layers.ffns:
+        return []
+    return _changed("parallel", config.parallel, ("ep",), "for model.ffns without e")
 
 
 def _of_teacher(distill: DistillConfig, *, has_teacher: bool) -> list[str]:

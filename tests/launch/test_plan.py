@@ -105,6 +105,8 @@ def test_the_given_layout_says_how_many_devices() -> None:
     assert wanted_devices(ParallelConfig(pp=2, tp=4)) == 8
     assert wanted_devices(ParallelConfig(dp=6)) == 6
     assert wanted_devices(ParallelConfig(dp_replicate=2, dp_shard=3, pp=2)) == 12
+    assert wanted_devices(ParallelConfig(pp=2, dp_replicate=6, ep=4)) == 24
+    assert wanted_devices(ParallelConfig(dp=16, ep=8)) == 16
 
 
 @pytest.mark.parametrize(
