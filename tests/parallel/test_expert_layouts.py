@@ -94,9 +94,10 @@ LAYOUTS: dict[int, dict[str, Case]] = {1: ONE, 2: TWO, 4: FOUR}
 SIZES = {name: world_size for world_size, cases in LAYOUTS.items() for name in cases}
 CASES = {name: each for cases in LAYOUTS.values() for name, each in cases.items()}
 QUICK = {
-    "one row", "dropless four rows", "capacity one row", "capacity four rows", "four rows", "three rows", "microbatch", "tp2 capacity",
-    "tp2 sequence previous recomputed", "tp2 sequence bias selective", "pp2 capacity",
-    "tp2 sequence ties", "dp2 none bias", "dp2 parameters previous selective",
+    "one row", "dropless four rows", "capacity one row", "capacity four rows", "four rows",
+    "three rows", "microbatch", "tp2 capacity", "tp2 sequence previous recomputed",
+    "tp2 sequence bias selective", "tp2 sequence ties", "pp2 capacity", "dp2 none bias",
+    "dp2 parameters previous selective",
 }  # fmt: skip
 NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 
