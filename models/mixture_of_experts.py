@@ -10,6 +10,9 @@ Shape letters: B rows, T tokens, D hidden, E experts, K choices of a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +20,6 @@ from models.attached_loss import attach
 from models.balance import router_losses
 from models.dispatch import Dispatch, dispatch
 from models.feed_forward import SwiGLUProjections
-from models.grouped_linear import Groups
 from models.layers import Parts
 from models.recompute import recomputed
 from models.router import Choice, Router
@@ -33,8 +35,12 @@ class MixtureOfExperts(nn.Module):
         config, layers, again = parts.config, parts.layers, parts.recompute
         moe, inner = config.moe, config.expert_intermediate_size
         self.layer, self._moe, self._layers = layer, moe, layers
-        self._norms_again = layer in again.norms
-        self._router_again = layer in again.activations
+        # What is computed again as a whole needs no parts.
+        self._layer_again = layer in again.expert_layers
+        self._experts_again = layer in again.experts
+        self._norms_again = layer in again.norms - again.expert_layers
+        self._router_again = layer in again.activations - again.expert_layers
+        activations_again = self._router_again and not self._experts_again
         self.router = Router(config, layer=layer)
         self.experts = layers.experts(
             moe.num_experts,
@@ -42,7 +48,7 @@ class MixtureOfExperts(nn.Module):
             inner,
             neuron=parts.build_neuron(layers.cut_channels),
             layer=layer,
-            activations_again=layer in again.activations,
+            activations_again=activations_again,
         )
         self.shared: SwiGLUProjections | None = None
         if moe.num_shared_experts:
@@ -51,7 +57,8 @@ class MixtureOfExperts(nn.Module):
                 parts,
                 layer=layer,
                 inner_size=moe.num_shared_experts * inner,
-                activations_again=layer in again.activations,
+                activations_again=activations_again,
+                inner_again=self._experts_again,
             )
         self.in_neuron = parts.build_neuron(layers.whole_channels)
 
@@ -66,16 +73,49 @@ class MixtureOfExperts(nn.Module):
 
         `positions` `[B or 1, T]` are those of whole rows in their documents.
         """
-        with recomputed(self.router, x, when=self._router_again) as logits:
-            choice = self.router.choose(logits, self._held(positions))
-        plan = self._plan(choice, routing)
-        weights = self._layers.enter(choice.weights)
-        out = self._visit(x, plan, weights, spikes)
-        return out if routing is None else self._train_router(out, choice, plan, routing)
+        arguments = (self.router, self.experts, x, positions, spikes, routing)
+        with recomputed(self._run, *arguments, when=self._layer_again) as out:
+            return out
 
     def enter(self, x: Tensor, spikes: Spikes | None) -> Tensor:
         """Spiked x of the residual stream, as all experts need it."""
         return self._layers.enter(encode(self.in_neuron, x, spikes, f"{self.layer}/ffn_in"))
+
+    def _run(
+        self,
+        router: Callable[[Tensor], Tensor],
+        experts: Callable[..., Tensor],
+        x: Tensor,
+        positions: Tensor,
+        spikes: Spikes | None,
+        routing: Routing | None,
+    ) -> Tensor:
+        """The layer; what FSDP has hooks on is given, so that it runs again without them."""
+        with recomputed(router, x, when=self._router_again) as logits:
+            choice = self.router.choose(logits, self._held(positions))
+        plan = self._spiked(self._plan(choice, routing), x, spikes)
+        weights = self._layers.enter(choice.weights)
+        with recomputed(self.enter, x, spikes, when=self._norms_again) as entered:
+            shared = None if self.shared is None else self.shared(entered, spikes)
+            visit = recomputed(
+                self._visit, experts, entered, plan, spikes, when=self._experts_again
+            )
+            with visit as routed:
+                out = self._layers.leave(plan.combine(routed, weights))
+        out = out if shared is None else out + shared
+        return out if routing is None else self._train_router(out, choice, plan, routing)
+
+    def _visit(
+        self,
+        experts: Callable[..., Tensor],
+        entered: Tensor,
+        plan: Dispatch,
+        spikes: Spikes | None,
+    ) -> Tensor:
+        """What the experts make of their rows of all tokens."""
+        again = self._norms_again and not self._experts_again
+        with recomputed(plan.rows, entered, when=again) as rows:
+            return experts(rows, plan.groups, spikes)
 
     def _held(self, positions: Tensor) -> Tensor:
         """Those of the tokens that the residual stream holds here."""
@@ -92,25 +132,14 @@ class MixtureOfExperts(nn.Module):
             capacity_factor=None if routing is None else self._moe.capacity_factor,
         )
 
-    def _visit(self, x: Tensor, plan: Dispatch, weights: Tensor, spikes: Spikes | None) -> Tensor:
-        """What the experts make of x."""
-        with recomputed(self.enter, x, spikes, when=self._norms_again) as entered:
-            shared = None if self.shared is None else self.shared.project(entered)
-            with recomputed(plan.rows, entered, when=self._norms_again) as rows:
-                routed = self.experts(rows, self._groups(x, plan, spikes), spikes)
-        out = self._layers.leave(plan.combine(routed, weights))
-        if self.shared is None or shared is None:
-            return out
-        return out + self.shared.finish(*shared, spikes)
-
     @torch.no_grad()
-    def _groups(self, x: Tensor, plan: Dispatch, spikes: Spikes | None) -> Groups:
-        """The experts' rows; what they are multiples of where they travel as spikes."""
+    def _spiked(self, plan: Dispatch, x: Tensor, spikes: Spikes | None) -> Dispatch:
+        """The plan, with what the experts' rows are multiples of where they travel as spikes."""
         neuron, is_asked = self.in_neuron, getattr(self.experts, "sends_spikes", False)
         if spikes is None or not is_asked or not isinstance(neuron, AdaptiveThreshold):
-            return plan.groups
+            return plan
         scale = self._layers.enter(neuron.threshold(x, spikes.k))
-        return plan.groups.spiked(plan.rows(scale))
+        return replace(plan, groups=plan.groups.spiked(plan.rows(scale)))
 
     def _train_router(
         self, out: Tensor, choice: Choice, plan: Dispatch, routing: Routing

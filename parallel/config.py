@@ -67,6 +67,8 @@ class RecomputeModule(Enum):
     full = "full"
     sliding_window = "sliding_window"
     linear = "linear"
+    experts = "experts"
+    expert_layers = "expert_layers"
 
 
 _AXES = ("pp", "cp", "tp", "ep")

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from models.config import ModelConfig
 from models.experts import Experts
@@ -52,6 +53,9 @@ class DistantExperts(Experts):
 
     def forward(self, x: Tensor, groups: Groups, spikes: Spikes | None = None) -> Tensor:
         """Map this rank's rows `[M, D]` for all experts to `[M, D]`. Collective."""
+        if isinstance(self, FSDPModule):
+            # Computed again in the backward pass, it is called without FSDP's hooks.
+            self.unshard()
         integers = None if groups.scale is None else Integers.of(x.detach(), groups.scale)
         route, are_exact = find_route(groups, self._group, integers)
         rows = to_experts(x, route, integers if are_exact else None)

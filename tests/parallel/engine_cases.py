@@ -5,7 +5,7 @@ What such a run must compute is in `engine_oracle`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -59,8 +59,9 @@ class Case:
     """One way to compute the same run; `oracle` drops everything that must not matter.
 
     `is_cuttable` takes a deeper model, whose heads and channels four ranks can share out.
-    `recompute` drops the first two blocks, `selective` norms, activations and mixers of all. `moe`
-    makes every other layer one of experts.
+    `recompute` drops the first two blocks, `selective` norms, activations and mixers of all, and of
+    experts one layer whole and what others do inside. `moe` makes every other layer one of experts,
+    whose routers start at zero with `ties`.
     """
 
     parallel: ParallelConfig = ParallelConfig()
@@ -77,6 +78,7 @@ class Case:
     offload: bool = False
     precision: Precision = Precision.fp64
     moe: ExpertConfig | None = None
+    ties: bool = False
 
     def oracle(self) -> Case:
         return Case(
@@ -88,6 +90,7 @@ class Case:
             teacher=self.teacher,
             is_cuttable=self.is_cuttable,
             moe=self.moe,
+            ties=self.ties,
         )
 
 
@@ -236,11 +239,19 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
         teacher=None if case.teacher is None else spec,
         loss_chunk_tokens=16,
     )
+    if case.ties:
+        for name in routers(engine.parameters):
+            engine.parameters[name].local.zero_()
     if engine.teacher is not None:
         weights = dict(teacher_model(case).named_parameters())
         for name, box in engine.teacher.parameters.items():
             box.fill(weights[name].data)
     return engine
+
+
+def routers(names: Iterable[str]) -> list[str]:
+    """Those that give experts their scores."""
+    return [name for name in names if name.endswith("router.weight")]
 
 
 def trainable(config: ModelConfig) -> list[str]:
@@ -251,7 +262,14 @@ def trainable(config: ModelConfig) -> list[str]:
 def recomputation_of(case: Case, config: ModelConfig) -> Recomputation:
     layers = frozenset(range(config.num_hidden_layers))
     if case.selective:
-        return Recomputation(norms=layers, activations=layers, mixers=layers)
+        experts = frozenset({1, 3}) if case.moe else frozenset()
+        return Recomputation(
+            norms=layers,
+            activations=layers,
+            mixers=layers,
+            expert_layers=experts & {1},
+            experts=experts & {3},
+        )
     return Recomputation(blocks=frozenset({0, 1}) if case.recompute else frozenset())
 
 
