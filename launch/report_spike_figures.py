@@ -17,6 +17,7 @@ SITES = {
     "mixer_out": ("mixer output (o)", ORANGE, "s"),
     "ffn_in": ("FFN input (gate, up)", GREEN, "^"),
     "ffn_out": ("FFN output (down)", PURPLE, "D"),
+    "expert_out": ("expert output (down)", INK, "v"),
 }
 """Where spikes are, in the order of a block: words, colour, marker."""
 

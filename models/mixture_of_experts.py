@@ -11,6 +11,7 @@ Shape letters: B rows, T tokens, D hidden, E experts, K choices of a token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from models.attached_loss import attach
 from models.balance import router_losses
 from models.dispatch import Dispatch, dispatch
 from models.feed_forward import SwiGLUProjections
-from models.grouped_linear import Groups
 from models.layers import Parts
 from models.recompute import recomputed
 from models.router import Choice, Router
@@ -93,13 +93,12 @@ class MixtureOfExperts(nn.Module):
         """The layer; what FSDP has hooks on is given, so that it runs again without them."""
         with recomputed(router, x, when=self._router_again) as logits:
             choice = self.router.choose(logits, self._held(positions))
-        plan = self._plan(choice, routing)
-        groups = self._groups(x, plan, spikes)
+        plan = self._spiked(self._plan(choice, routing), x, spikes)
         weights = self._layers.enter(choice.weights)
         with recomputed(self.enter, x, spikes, when=self._norms_again) as entered:
             shared = None if self.shared is None else self.shared(entered, spikes)
             visit = recomputed(
-                self._visit, experts, entered, plan, groups, spikes, when=self._experts_again
+                self._visit, experts, entered, plan, spikes, when=self._experts_again
             )
             with visit as routed:
                 out = self._layers.leave(plan.combine(routed, weights))
@@ -111,13 +110,12 @@ class MixtureOfExperts(nn.Module):
         experts: Callable[..., Tensor],
         entered: Tensor,
         plan: Dispatch,
-        groups: Groups,
         spikes: Spikes | None,
     ) -> Tensor:
         """What the experts make of their rows of all tokens."""
         again = self._norms_again and not self._experts_again
         with recomputed(plan.rows, entered, when=again) as rows:
-            return experts(rows, groups, spikes)
+            return experts(rows, plan.groups, spikes)
 
     def _held(self, positions: Tensor) -> Tensor:
         """Those of the tokens that the residual stream holds here."""
@@ -135,13 +133,13 @@ class MixtureOfExperts(nn.Module):
         )
 
     @torch.no_grad()
-    def _groups(self, x: Tensor, plan: Dispatch, spikes: Spikes | None) -> Groups:
-        """The experts' rows; what they are multiples of where they travel as spikes."""
+    def _spiked(self, plan: Dispatch, x: Tensor, spikes: Spikes | None) -> Dispatch:
+        """The plan, with what the experts' rows are multiples of where they travel as spikes."""
         neuron, is_asked = self.in_neuron, getattr(self.experts, "sends_spikes", False)
         if spikes is None or not is_asked or not isinstance(neuron, AdaptiveThreshold):
-            return plan.groups
+            return plan
         scale = self._layers.enter(neuron.threshold(x, spikes.k))
-        return plan.groups.spiked(plan.rows(scale))
+        return replace(plan, groups=plan.groups.spiked(plan.rows(scale)))
 
     def _train_router(
         self, out: Tensor, choice: Choice, plan: Dispatch, routing: Routing

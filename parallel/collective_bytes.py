@@ -126,7 +126,9 @@ def _expert_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
         scale_width=job.master if job.is_spiking else None,
     )  # fmt: skip
     each = messages.crossing()
-    forward = count * (len(layers) + sum(job.again(layer).block for layer in layers))
+    named = job.recompute
+    again = named.blocks | named.experts | named.expert_layers
+    forward = count * (len(layers) + len(again.intersection(layers)))
     backward = count * len(layers)
     calls = forward * each.forward_calls + backward * each.backward_calls
     size = forward * each.forward_size + backward * each.backward_size

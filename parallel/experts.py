@@ -54,7 +54,7 @@ class DistantExperts(Experts):
     def forward(self, x: Tensor, groups: Groups, spikes: Spikes | None = None) -> Tensor:
         """Map this rank's rows `[M, D]` for all experts to `[M, D]`. Collective."""
         if isinstance(self, FSDPModule):
-            # Computed again without hooks, it runs before any has gathered its weights.
+            # Computed again in the backward pass, it is called without FSDP's hooks.
             self.unshard()
         integers = None if groups.scale is None else Integers.of(x.detach(), groups.scale)
         route, are_exact = find_route(groups, self._group, integers)

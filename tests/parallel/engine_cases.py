@@ -5,7 +5,7 @@ What such a run must compute is in `engine_oracle`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -61,7 +61,8 @@ class Case:
     `is_cuttable` takes a deeper model, whose heads and channels four ranks can share out.
     `recompute` drops the first two blocks, `selective` norms, activations and mixers of all, and of
     experts one layer whole and what others do inside. `branches` makes every mixer of the cuttable
-    model two parallel ones with a key-tied gate, `moe` every other layer one of experts.
+    model two parallel ones with a key-tied gate, `moe` every other layer one of experts, whose
+    routers start at zero with `ties`.
     """
 
     parallel: ParallelConfig = ParallelConfig()
@@ -79,6 +80,7 @@ class Case:
     offload: bool = False
     precision: Precision = Precision.fp64
     moe: ExpertConfig | None = None
+    ties: bool = False
 
     def oracle(self) -> Case:
         return Case(
@@ -91,6 +93,7 @@ class Case:
             is_cuttable=self.is_cuttable,
             branches=self.branches,
             moe=self.moe,
+            ties=self.ties,
         )
 
 
@@ -247,11 +250,19 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
         teacher=None if case.teacher is None else spec,
         loss_chunk_tokens=16,
     )
+    if case.ties:
+        for name in routers(engine.parameters):
+            engine.parameters[name].local.zero_()
     if engine.teacher is not None:
         weights = dict(teacher_model(case).named_parameters())
         for name, box in engine.teacher.parameters.items():
             box.fill(weights[name].data)
     return engine
+
+
+def routers(names: Iterable[str]) -> list[str]:
+    """Those that give experts their scores."""
+    return [name for name in names if name.endswith("router.weight")]
 
 
 def trainable(config: ModelConfig) -> list[str]:

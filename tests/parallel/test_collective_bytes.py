@@ -63,6 +63,14 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
             job_of(model=FULL, spiking=SPIKING, recompute=Recomputation(blocks=ALL)),
             ParallelConfig(ep=2),
         ),
+        (
+            job_of(model=EXPERTS, recompute=Recomputation(experts=frozenset({1}))),
+            ParallelConfig(ep=2),
+        ),
+        (
+            job_of(model=FULL, recompute=Recomputation(expert_layers=frozenset({1, 3}))),
+            ParallelConfig(ep=2, shard=Shard.parameters),
+        ),
     ],
     4: [
         (job_of(), ParallelConfig(dp_replicate=2, dp_shard=2)),

@@ -44,7 +44,11 @@ def case(moe: ExpertConfig, *, rows: int = 2, **axes: Any) -> Case:
 ZERO_BUBBLE = {"pp": 2, "schedule": PipelineSchedule.zero_bubble}
 ONE = {
     "one row": case(DROPLESS, rows=1),
+    "dropless two rows": case(DROPLESS, rows=2),
+    "dropless four rows": case(DROPLESS, rows=4),
+    "capacity one row": case(CAPACITY, rows=1),
     "two rows": case(CAPACITY, rows=2),
+    "capacity four rows": case(CAPACITY, rows=4),
     "four rows": case(PREVIOUS, rows=4),
     "three rows": case(BIAS, rows=3),
     "without spikes": case(CAPACITY, rows=1, spiking=False),
@@ -58,6 +62,7 @@ TWO = {
     "tp2 previous": case(PREVIOUS, tp=2, rows=1),
     "tp2 bias": case(BIAS, tp=2),
     "tp2 through": case(CAPACITY, tp=2, through=True),
+    "tp2 sequence ties": case(CAPACITY, tp=2, sequence_parallel=True, ties=True),
     "tp2 sequence": case(DROPLESS, tp=2, sequence_parallel=True),
     "tp2 sequence capacity": case(CAPACITY, tp=2, sequence_parallel=True, rows=1),
     "tp2 sequence previous recomputed": case(
@@ -69,6 +74,7 @@ TWO = {
     "pp2 interleaved previous": case(PREVIOUS, pp=2, schedule=PipelineSchedule.interleaved),
     "pp2 zero bubble": case(DROPLESS, **ZERO_BUBBLE),
     "pp2 zero bubble capacity selective": case(CAPACITY, **ZERO_BUBBLE, selective=True),
+    "pp2 ties": case(DROPLESS, pp=2, ties=True),
     "pp2 bias": case(BIAS, pp=2),
     "dp2": case(DROPLESS),
     "dp2 capacity sgd": case(CAPACITY, rule=Rule(RuleName.sgd)),
@@ -88,9 +94,10 @@ LAYOUTS: dict[int, dict[str, Case]] = {1: ONE, 2: TWO, 4: FOUR}
 SIZES = {name: world_size for world_size, cases in LAYOUTS.items() for name in cases}
 CASES = {name: each for cases in LAYOUTS.values() for name, each in cases.items()}
 QUICK = {
-    "one row", "four rows", "three rows", "microbatch", "tp2 capacity",
-    "tp2 sequence previous recomputed", "tp2 sequence bias selective", "pp2 capacity",
-    "dp2 none bias", "dp2 parameters previous selective",
+    "one row", "dropless four rows", "capacity one row", "capacity four rows", "four rows",
+    "three rows", "microbatch", "tp2 capacity", "tp2 sequence previous recomputed",
+    "tp2 sequence bias selective", "tp2 sequence ties", "pp2 capacity", "dp2 none bias",
+    "dp2 parameters previous selective",
 }  # fmt: skip
 NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 
