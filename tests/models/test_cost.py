@@ -148,8 +148,11 @@ def test_a_shared_output_projection_is_met_twice_where_branches_meet_after_it() 
 def test_a_layer_mixes_for_each_of_its_branches() -> None:
     alone = cost.flops_by_part(tiny_config(mixers="L S F _"), 7.0, 4.0)
     both = cost.flops_by_part(tiny_config(mixers="L+S S+F _ _"), 7.0, 4.0)
-    linear, window, full, _ = alone.mixing
-    assert both.mixing == (linear + window, window + full, 0.0, 0.0)
+    linear, window, full = alone.linear[0], alone.softmax[1], alone.softmax[2]
+    assert (alone.softmax, alone.linear) == ((0, window, full, 0), (linear, 0, 0, 0))
+    assert both.softmax == (window, window + full, 0, 0)
+    assert both.linear == (linear, 0, 0, 0)
+    assert both.layers[0] == both.products[0] + window + linear
 
 
 def test_costs_of_parts_are_those_of_a_count_by_hand() -> None:

@@ -96,14 +96,6 @@ def test_a_teacher_is_said_to_be_left_out() -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (
-            {"mixers": "L S F+L L"},
-            r"mixers \(L S F\+L L\) must have one mixer a layer in a plan: got F\+L",
-        ),
-        (
-            {"linear": {"gate": "key_tied", "feature_map": "sigmoid"}},
-            r"linear\.gate \(key_tied\) must be low_rank in a plan",
-        ),
         ({"ffns": "d*3 e"}, r"ffns \(d\*3 e\) must be all d in a plan: got e"),
         ({"sinks": {"num_tokens": 4}}, r"sinks\.num_tokens \(4\) must be 0 in a plan"),
     ],
