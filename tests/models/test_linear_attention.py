@@ -245,10 +245,16 @@ def test_strong_decays_in_float32_are_near_float64() -> None:
     with torch.no_grad():
         mixer.k_proj.weight.mul_(20 / float(mixer.k_proj(x).std()))
     sequence = SequenceContext.one_document_per_row(2, 150)
-    (expected,) = mixer.attend(x, sequence)
     assert (_log_decay(mixer, x).sum(dim=1) < -1000).any()
-    (actual,) = mixer.float().attend(x.float(), sequence)
-    assert_close(actual, expected, relative=1e-5)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = x.to(dtype).requires_grad_()
+        (heads,) = mixer.to(dtype).attend(leaf, sequence)
+        (gradient,) = torch.autograd.grad(heads.square().sum(), leaf)
+        found.append((heads, gradient))
+    (expected, wanted), (heads, gradient) = found
+    assert_close(heads, expected, relative=1e-5)
+    assert_close(gradient, wanted, relative=1e-5)
 
 
 def test_a_floor_is_the_smallest_decay() -> None:
