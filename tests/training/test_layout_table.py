@@ -99,6 +99,10 @@ def test_memory_of_experts_is_not_planned() -> None:
         "1 rank = pp 1 x dp 1 x tp 1, dp = 1 x 1 shards (gradients)",
         "memory of expert layers is not planned in this release",
     ]
+    shared_out = config_with(
+        model={**FOUR_LAYERS, "ffns": "d e d e", "moe": {"num_experts": 8}}, parallel={"ep": 4}
+    )
+    assert lines_of(shared_out, 4)[2] == "experts over ep 4 of dp, 2 a rank"
     message = r"ffns \(d e d e\) must be all d to be planned: got e, which is not in this release"
     with pytest.raises(ValueError, match=message):
         planned_memory(config, num_ranks=1, kernels=KERNELS)
