@@ -81,6 +81,8 @@ TWO = {
     "dp2 parameters": case(DROPLESS, shard=Shard.parameters, rows=1),
     "dp2 parameters previous selective": case(PREVIOUS, shard=Shard.parameters, selective=True),
     "dp2 parameters bias": case(BIAS, shard=Shard.parameters),
+    "dp2 parameters capacity": case(CAPACITY, shard=Shard.parameters),
+    "dp2 none": case(DROPLESS, shard=Shard.none, rows=1),
     "dp2 none capacity": case(CAPACITY, shard=Shard.none),
     "dp2 none bias": case(BIAS, shard=Shard.none),
 }
