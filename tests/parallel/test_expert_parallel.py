@@ -154,17 +154,14 @@ def test_equals_one_process(runs: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_spikes_are_counted_as_in_one_process(runs: Any, name: str) -> None:
-    """But for those inside of experts: their samples are of the rows that a rank's experts get."""
+    """Inside of experts too, whose rows come from other ranks."""
     each = CASES[name]
     actual: Run = runs(name)
     if not each.spiking:
         assert actual.statistics == {}
         return
-    inside = {metric for metric in actual.statistics if "expert_out" in metric}
-    expected = oracle_statistics(each)
-    assert inside == {metric for metric in expected if "expert_out" in metric} != set()
-    for metric in expected.keys() - inside:
-        assert actual.statistics[metric] == expected[metric], metric
+    assert any("expert_out" in metric for metric in actual.statistics)
+    assert actual.statistics == oracle_statistics(each)
 
 
 @dataclass(frozen=True)
