@@ -31,7 +31,7 @@ SGD = {"name": "sgd"}
         ({"parallel": {"pp": 2, "tp": 2, "schedule": "gpipe", "vocab_multiple": 4}}, []),
         ({"parallel": {"pp": 2, "schedule": "zero_bubble", "shard": "gradients"}}, []),
         ({"parallel": {"pp": 2, "stage_layers": [1, 3]}}, []),
-        ({"parallel": {"ep": 2}}, ["parallel.ep (2) has no effect for model.ffns d*2."]),
+        ({"parallel": {"ep": 2}}, ["parallel.ep (2) has no effect for model.ffns d*4."]),
         (
             {"parallel": {"schedule": "gpipe", "stage_layers": [4]}},
             ["parallel.schedule (gpipe) has no effect for parallel.pp 1.",
