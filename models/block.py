@@ -11,20 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from models.feed_forward import SwiGLU
-from models.layer_pattern import FfnKind, MixerKind, Mixers
+from models.layer_pattern import FfnKind, Mixers
 from models.layers import Parts
-from models.linear_attention import GatedLinearAttention
+from models.mixer import Mixer, MixerState
 from models.mixture_of_experts import MixtureOfExperts
 from models.norm import RMSNorm
 from models.recompute import recomputed
 from models.routing import Routing
 from models.sequence import SequenceContext
-from models.softmax_attention import KeyValueCache, SoftmaxAttention
 from models.spiking.neurons import Spikes
-
-Mixer = SoftmaxAttention | GatedLinearAttention
-MixerState = KeyValueCache | Tensor | None
-"""What a mixer remembers while decoding: a cache (F, S), a matrix state (L), nothing (`_`)."""
 
 
 class Block(nn.Module):
@@ -39,7 +34,7 @@ class Block(nn.Module):
         self.mixer: Mixer | None = None
         if mixers:
             self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.mixer = _build_mixer(parts, mixers[0], layer)
+            self.mixer = Mixer(parts, mixers, layer=layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         has_experts = config.layers.ffns[layer] is FfnKind.mixture_of_experts
         build_ffn = MixtureOfExperts if has_experts else SwiGLU
@@ -77,8 +72,7 @@ class Block(nn.Module):
         of the first token in its document.
         """
         if self.mixer is not None and self.mixer_norm is not None:
-            # Each mixer gets back the kind of state that it returned.
-            mixed, state = self.mixer.extend(self.mixer_norm(x), state, spikes)  # type: ignore[arg-type]
+            mixed, state = self.mixer.extend(self.mixer_norm(x), state, spikes)
             x = x + mixed
         normed = self.ffn_norm(x)
         if isinstance(self.ffn, SwiGLU):
@@ -105,9 +99,3 @@ class Blocks(nn.Module):
 
     def __getitem__(self, layer: int) -> Block:
         return self.get_submodule(str(layer))  # type: ignore[return-value]
-
-
-def _build_mixer(parts: Parts, kind: MixerKind, layer: int) -> Mixer:
-    if kind is MixerKind.linear:
-        return GatedLinearAttention(parts, layer=layer)
-    return SoftmaxAttention(parts, kind=kind, layer=layer)

@@ -14,9 +14,10 @@ Of expert layers `activations`, `experts` and `expert_layers` are what the Spiki
 (section 4.1) calls light, medium and full recomputation.
 
 Nothing is kept in their stead but q, k, v and the low-rank gate for mixers, which run from the
-norms of q and k over rotation, gate and kernel to head norm and encoding. With sequence parallelism
-a norm runs again with the gather of all tokens that follows it. Where channels are cut over ranks,
-an encoding communicates one number a token again.
+norms of q and k over rotation, gate and kernel to head norm and encoding; parallel branches run
+together. Norms of branches after their output projection run again with `norms`, from what these
+put out. With sequence parallelism a norm runs again with the gather of all tokens that follows it.
+Where channels are cut over ranks, an encoding communicates one number a token again.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from models.config import ThresholdGrad
-from models.layer_pattern import FfnKind, MixerKind
+from models.layer_pattern import FfnKind
+from models.mixer_memory import has_head_norm, num_output_projections
 from parallel.config import Shard
 from parallel.expert_bytes import Messages
 from parallel.memory_replay import StageBytes
@@ -84,17 +85,21 @@ def _tensor_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
     """Borders of regions (`parallel.regions`), thresholds over cut channels, losses."""
     job, work, count = given.job, given.work, given.num_microbatches
     whole = work.tokens * job.model.hidden_size * job.narrow
-    regions = entered_again = left_again = encoded_again = 0
+    entered = entered_again = projected = left_again = encoded_again = 0
     for layer in range(stage.first_layer, stage.end_layer):
         mixers, again = job.model.layers.mixers[layer], job.again(layer)
-        regions += 1 + len(mixers)
-        entered_again += (1 + len(mixers)) * (again.block or again.norms)
+        outputs = num_output_projections(job.model, mixers)
+        regions = 1 + (outputs > 0)
+        entered += regions
+        entered_again += regions * (again.block or again.norms)
+        # One projection out of the feed-forward layer, and those of the mixer.
+        projected += 1 + outputs
         # A block that runs again stops at its last operation that keeps something.
-        left_again += len(mixers) * again.block
-        is_mixed_again = again.mixer or (MixerKind.linear in mixers and again.norms)
+        left_again += outputs * again.block
+        is_mixed_again = again.mixer or (has_head_norm(job.model, mixers) and again.norms)
         encoded_again += again.block or again.activations
-        encoded_again += len(mixers) * (again.block or is_mixed_again)
-    entered, left = regions + stage.has_head, regions + stage.has_embedding
+        encoded_again += outputs * (again.block or is_mixed_again)
+    entered, left = entered + stage.has_head, projected + stage.has_embedding
     if work.sequence_parallel:
         gathers = (entered + entered_again + left) * count
         scatters = (left + left_again + entered) * count
@@ -106,7 +111,7 @@ def _tensor_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
     numbers = work.tokens * job.master
     if job.is_spiking:
         is_trained = job.spiking.threshold_grad is ThresholdGrad.through
-        calls = (regions * (2 if is_trained else 1) + encoded_again) * count
+        calls = (projected * (2 if is_trained else 1) + encoded_again) * count
         yield Traffic("thresholds", Kind.all_reduce, "tp", calls, calls * numbers)
     if stage.has_head:
         yield Traffic("losses", Kind.all_reduce, "tp", 2 * count, 3 * numbers * count)

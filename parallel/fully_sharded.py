@@ -28,15 +28,15 @@ from parallel.mesh import Mesh
 
 FLOAT32_MODULES = frozenset(
     {
-        "mixer_norm", "ffn_norm", "final_norm", "q_norm", "k_norm", "head_norm",
-        "gate_down", "gate_up", "router",
+        "mixer_norm", "ffn_norm", "final_norm", "q_norm", "k_norm", "head_norm", "output_norm",
+        "gate_down", "gate_up", "merge", "router",
     }
 )  # fmt: skip
 """Modules whose parameters act in float32 while the rest computes in bfloat16.
 
 FSDP2 would hand them bfloat16 weights inside forward (measured), so each block's lie in a unit of
 their own, which is small and stays gathered until the backward pass. Their inputs are not cast:
-norms return their input's dtype, gate and router widen their input themselves.
+norms return their input's dtype; gate, router and the weights of branches widen their inputs.
 """
 EXPERT_MODULE = "experts"
 """Module whose parameters are cut over the expert-parallel axis where there is one."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from models.activation_memory import Again, Workload, block_footprint
+from models.activation_memory import block_footprint
 from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.head_memory import embedding_footprint, head_footprint
 from models.memory_tape import Footprint
+from models.operation_memory import Again, Workload
 from models.recomputation import NOTHING, Recomputation
 from parallel.axes import axis_sizes, expert_axis_sizes
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard

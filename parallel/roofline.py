@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.cost import FlopsPerToken, flops_by_part, mean_visible
-from models.layer_pattern import MixerKind
 from parallel.backend.devices import Device
 from parallel.collective_bytes import Kind, Traffic
 from parallel.config import Shard
@@ -187,14 +186,21 @@ class _Clock:
     def _computing(self, moved: StageBytes) -> tuple[float, float, float]:
         """Seconds of forward, of what runs again in backward, and of forward's products alone."""
         job, flops = self.given.job, self.flops
-        mixers = job.model.layers.mixers
         tokens = self.given.work.tokens / self.given.layout.tp
         bandwidth = self.device.memory_bandwidth * self.efficiency.memory
         product_rate = self.peak * self.efficiency.products
         forward = again = products = 0.0
         for layer, footprint in zip(moved.layers, moved.footprints, strict=True):
             of_products = tokens * flops.products[layer] / 3 / product_rate
-            of_mixing = tokens * flops.mixing[layer] / 3 / self._mixing_rate(mixers[layer])
+            of_mixing = (
+                tokens
+                / 3
+                / self.peak
+                * (
+                    flops.softmax[layer] / self.efficiency.softmax
+                    + flops.linear[layer] / self.efficiency.linear
+                )
+            )
             of_bytes = footprint.traffic / bandwidth
             forward += of_products + of_mixing + of_bytes
             products += of_products
@@ -213,11 +219,6 @@ class _Clock:
             # The loss computes its logits again.
             again += of_head
         return forward, again, products
-
-    def _mixing_rate(self, mixers: Sequence[MixerKind]) -> float:
-        is_linear = MixerKind.linear in mixers
-        share = self.efficiency.linear if is_linear else self.efficiency.softmax
-        return self.peak * share
 
     def _crossing(self, traffic: Sequence[Traffic]) -> float:
         """Seconds of a microbatch's borders of regions, rows of experts and sends, of one pass."""

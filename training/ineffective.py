@@ -55,10 +55,12 @@ def _of_optimizer(optimizer: OptimizerConfig) -> list[str]:
 def _of_experts(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
     moe = model.moe
     if FfnKind.mixture_of_experts not in model.layers.ffns:
-        names = [each.name for each in fields(moe)]
         where = f"for model.ffns {model.ffns}"
-        lines = _changed("parallel", parallel, ("ep",), where)
-        return lines + _changed("model.moe", moe, names, where)
+        names = [each.name for each in fields(moe)]
+        return [
+            *_changed("parallel", parallel, ("ep",), where),
+            *_changed("model.moe", moe, names, where),
+        ]
     lines, where = [], f"for model.moe.balance {moe.balance.value}"
     if moe.balance in (Balance.none, Balance.bias):
         lines += _changed("model.moe", moe, ("balance_coefficient",), where)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from models.cost import parameter_count
-from models.layer_pattern import FfnKind
 from parallel.mesh import Mesh
 from parallel.pipeline_cut import StageCut
 from parallel.rank_memory import RankMemory
 from training.config import RunConfig
 from training.layout import cut_stages
-from training.planned_job import left_out, planned_memory
+from training.planned_job import left_out, planned_memory, unplanned
 
 MEMORY_COLUMNS = (
     "weights", "gradients", "optimizer", "activations", "logits", "neurons", "buffers", "peak",
@@ -39,8 +38,8 @@ def layout_lines(config: RunConfig, mesh: Mesh, *, kernels: tuple[str, str]) -> 
         yield f"experts over ep {mesh.ep_size} of dp, {each} a rank"
     if mesh.pp_size > 1:
         yield f"schedule {parallel.schedule.value}, {len(stages)} stages"
-    if FfnKind.mixture_of_experts in config.model.layers.ffns:
-        yield "memory of expert layers is not planned in this release"
+    if (reason := unplanned(config.model)) is not None:
+        yield f"no planned memory: {reason}"
         return
     memory = planned_memory(config, num_ranks=mesh.size, kernels=kernels)
     yield from rank_table(stages, memory, ranks_each=mesh.size // mesh.pp_size)

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from models.activation_memory import Again, Workload, block_footprint
+from models.activation_memory import block_footprint
 from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
 from models.head_memory import embedding_footprint, head_footprint
 from models.initialisation import initialise
 from models.kernel_memory import Heads, softmax_memory
+from models.mixer_config import (
+    BranchConfig,
+    BranchMerge,
+    BranchNorm,
+    BranchProjections,
+    FeatureMap,
+    GateKind,
+    LinearAttentionConfig,
+)
 from models.model import Model
+from models.operation_memory import Again, Workload
 from models.recomputation import Recomputation
 from models.sequence import SequenceContext
+from models.softmax_attention import SoftmaxAttention
 from models.spiking.neurons import Spikes
 from tests.support.allocations import peak_bytes
 from tests.support.kept_bytes import kept_bytes
 
+SIGMOID = LinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied)
+FLOOR = replace(SIGMOID, gate_offset=1.0, gate_floor=0.1)
 SHAPES = [(1, 40), (2, 200), (3, 173)]
 SPIKING = {
     "off": SpikingConfig(),
@@ -31,6 +46,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "F qk_norm": {"qk_norm": True}, "L qk_norm": {"qk_norm": True},
     "F no groups": {"num_key_value_heads": 4}, "S no groups": {"num_key_value_heads": 4},
     "S long": {"window_tokens": 70, "qkv_bias": False},
+    "L key-tied": {"linear": SIGMOID}, "L floor": {"linear": FLOOR},
+    "L sigmoid": {"linear": LinearAttentionConfig(feature_map=FeatureMap.sigmoid)},
+    "L+S": {}, "F+L": {"qk_norm": True}, "L+S key-tied": {"linear": FLOOR},
+    **{f"L+F {'-'.join(each.name for each in (projections, norm, merge))}": {
+        "branches": BranchConfig(projections=projections, norm=norm, merge=merge)
+    } for projections, norm, merge in itertools.product(
+        BranchProjections, BranchNorm, BranchMerge
+    )},
 }  # fmt: skip
 AGAIN = {
     "norms": Again(norms=True),
@@ -56,7 +79,7 @@ class Real:
         values: dict[str, Any] = {
             "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "qkv_bias": True,
-            "window_tokens": 16, "mixers": name[0], "ffns": "d",
+            "window_tokens": 16, "mixers": name.partition(" ")[0], "ffns": "d",
         }  # fmt: skip
         self.config = ModelConfig(**(values | MODELS.get(name, {}) | sizes))
         self.again, self.spiking, self.dtype = again, spiking, dtype
@@ -69,7 +92,7 @@ class Real:
         initialise(self.model, seed=1)
         for parameter_name, parameter in self.model.named_parameters():
             acts_wide = "norm" in parameter_name or "gate_up" in parameter_name
-            acts_wide |= "gate_down" in parameter_name
+            acts_wide |= "gate_down" in parameter_name or "merge" in parameter_name
             wide = torch.promote_types(dtype, torch.float32)
             parameter.data = parameter.data.to(wide if acts_wide else dtype)
 
@@ -82,11 +105,12 @@ class Real:
 
     def tables(self, sequence: SequenceContext) -> list[Tensor]:
         """The rotary tables belong to the model; layers share them."""
-        rotary = getattr(self.model.blocks[0].mixer, "_rotary", None)
-        if rotary is None:
-            return []
-        rotation = rotary.for_sequence(sequence, self.dtype)
-        return [rotation.cos, rotation.sin]
+        mixer = self.model.blocks[0].mixer
+        for branch in () if mixer is None else mixer.branches:
+            if isinstance(branch.core, SoftmaxAttention):
+                (rotation,) = branch.core.operands(torch.empty(0, dtype=self.dtype), sequence)
+                return [rotation.cos, rotation.sin]
+        return []
 
     def run(self, x: Tensor, sequence: SequenceContext) -> Tensor:
         is_on = self.spiking.neuron is NeuronKind.adaptive
@@ -119,7 +143,11 @@ def test_a_block_keeps_what_is_planned(name: str, spiking: str, dtype: torch.dty
         assert_kept(real, rows, length)
 
 
-@pytest.mark.parametrize("name", ["F", "S", "L", "L qk_norm"])
+@pytest.mark.parametrize(
+    "name",
+    ["F", "S", "L", "L qk_norm", "L floor", "L+S", "L+S key-tied",
+     "L+F shared-after_output-learned", "L+F separate-before_output-learned"],
+)  # fmt: skip
 @pytest.mark.parametrize("again", AGAIN)
 @pytest.mark.parametrize("spiking", ["off", "detached"])
 def test_a_block_that_computes_parts_again_keeps_what_is_planned(
@@ -128,7 +156,11 @@ def test_a_block_that_computes_parts_again_keeps_what_is_planned(
     assert_kept(Real(name, SPIKING[spiking], torch.bfloat16, AGAIN[again]), 2, 200)
 
 
-@pytest.mark.parametrize("name", ["F", "S", "L", "_"])
+@pytest.mark.parametrize(
+    "name",
+    ["F", "S", "L", "_", "L floor", "L+S", "L+F shared-after_output-learned",
+     "L+F separate-before_output-mean"],
+)  # fmt: skip
 @pytest.mark.parametrize("again", [None, "norms", "activations", "all parts"])
 def test_the_peak_of_a_backward_is_close(name: str, again: str | None) -> None:
     real = Real(

@@ -8,6 +8,7 @@ import torch
 from models.expert_config import Balance, ExpertConfig
 from models.initialisation import initialise, tensor_for
 from models.layouts import parameter_layouts
+from models.mixer_config import BranchConfig, BranchMerge
 from models.model import Model
 from tests.models.tiny import tiny_config
 from tests.support.closeness import assert_close
@@ -53,11 +54,14 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
 
 
 def test_norms_are_1_biases_and_gates_0_and_all_else_normal() -> None:
-    config = tiny_config(hidden_size=96, vocab_size=300, initializer_range=0.02, qk_norm=True)
+    config = tiny_config(
+        hidden_size=96, vocab_size=300, initializer_range=0.02, qk_norm=True, mixers="L S F L+S",
+        branches=BranchConfig(merge=BranchMerge.learned),
+    )  # fmt: skip
     model = Model(config)
     initialise(model, seed=5)
     for name, value in _state(model).items():
-        if "norm" in name:
+        if "norm" in name or "merge" in name:
             assert (value == 1).all(), name
         elif name.endswith("bias") or "gate_up" in name:
             assert (value == 0).all(), name
@@ -81,7 +85,8 @@ def test_a_fresh_gate_halves_the_state_every_16_tokens() -> None:
     initialise(model, seed=5)
     mixer = model.blocks[0].mixer
     assert mixer is not None
-    log_decay = mixer.log_decay(torch.randn(1, 3, 24))
+    (branch,), x = mixer.branches, torch.randn(1, 3, 24)
+    log_decay = branch.core.log_decay(branch.projections.project(x), x)
     assert_close((16 * log_decay).exp(), torch.full((1, 3, 2, 8), 0.5), relative=1e-6)
 
 

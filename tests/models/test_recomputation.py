@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,15 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
 from models.expert_config import ExpertConfig
+from models.mixer_config import (
+    BranchConfig,
+    BranchMerge,
+    BranchNorm,
+    BranchProjections,
+    FeatureMap,
+    GateKind,
+    LinearAttentionConfig,
+)
 from models.model import Model
 from models.recomputation import NOTHING, Recomputation
 from models.routing import Routing, RoutingRecorder
@@ -49,11 +61,26 @@ THROUGH = SpikingConfig(neuron=NeuronKind.adaptive, threshold_grad=ThresholdGrad
 SPIKING = {"off": OFF, "detached": DETACHED, "through": THROUGH}
 
 
+KEY_TIED = LinearAttentionConfig(
+    feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied, gate_offset=1.0, gate_floor=0.1
+)
+SINGLE: dict[str, dict[str, Any]] = {"one mixer": {}, "key-tied": {"linear": KEY_TIED}}
+MODELS = SINGLE | {
+    f"branches {projections.name} {norm.name}": {
+        "mixers": "L+S F+L S+F _",
+        "linear": LinearAttentionConfig() if norm is BranchNorm.before_output else KEY_TIED,
+        "branches": BranchConfig(projections=projections, norm=norm, merge=BranchMerge.learned),
+    }
+    for projections, norm in itertools.product(BranchProjections, BranchNorm)
+}
+
+
 def _step(
-    spiking: SpikingConfig, dtype: torch.dtype, recompute: Recomputation
+    name: str, spiking: SpikingConfig, dtype: torch.dtype, recompute: Recomputation
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]:
     """Loss, gradients and statistics, of spikes and routers, of packed documents."""
-    model = tiny_model(CONFIG, spiking=spiking, recompute=recompute, dtype=dtype)
+    config = replace(CONFIG, **MODELS[name])
+    model = tiny_model(config, spiking=spiking, recompute=recompute, dtype=dtype)
     tokens, sequence = random_tokens(2, 14), packed([[4, 9, 1], [13, 1]])
     recorder, routers = SpikeRecorder(num_tokens=1000), RoutingRecorder()
     routing = Routing(num_rows=2, num_tokens=28, recorder=routers)
@@ -69,19 +96,22 @@ def _step(
 _expected = functools.cache(functools.partial(_step, recompute=NOTHING))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("spiking", SPIKING)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("one mixer", torch.float32), *((name, torch.float64) for name in MODELS)]
+)
 def test_no_bit_changes_and_statistics_are_recorded_once(
-    kind: str, spiking: str, dtype: torch.dtype
+    name: str, kind: str, spiking: str, dtype: torch.dtype
 ) -> None:
-    loss, gradients, sums = _step(SPIKING[spiking], dtype, KINDS[kind])
-    expected_loss, expected_gradients, expected_sums = _expected(SPIKING[spiking], dtype)
+    loss, gradients, sums = _step(name, SPIKING[spiking], dtype, KINDS[kind])
+    expected_loss, expected_gradients, expected_sums = _expected(name, SPIKING[spiking], dtype)
     assert torch.equal(loss, expected_loss)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
         assert torch.equal(gradient, expected)
     assert list(sums) == list(expected_sums)
-    assert len(sums) == (2 if spiking == "off" else 2 + 3 * 2 + 4 * 2 + 2)
+    own_outputs = 3 if name in (*SINGLE, "branches shared before_output") else 6
+    assert len(sums) == (2 if spiking == "off" else 2 + 3 + own_outputs + 4 * 2 + 2)
     assert all(torch.equal(sums[site], value) for site, value in expected_sums.items())
 
 
@@ -235,7 +265,7 @@ def test_nothing_is_left_after_the_backward_pass(kind: str) -> None:
         loss = model(tokens, sequence, labels=tokens, spikes=Spikes(k=3.0), routing=routing)
         torch.autograd.grad(loss, tuple(model.parameters()))
 
-    rotation = model.blocks[1].mixer._rotary._rotation
+    rotation = model.blocks[1].mixer.branches[0].core._rotary._rotation
     known = (*model.parameters(), tokens, sequence.positions, rotation.cos, rotation.sin)
     assert kept_bytes(work, besides=known) == 0
 

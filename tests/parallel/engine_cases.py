@@ -17,7 +17,7 @@ from models.expert_config import ExpertConfig
 from models.initialisation import tensor_for
 from models.layouts import parameter_layouts
 from models.lesson import Goals
-from models.mixer_config import LinearAttentionConfig
+from models.mixer_config import BranchConfig, FeatureMap, GateKind, LinearAttentionConfig
 from models.model import Model
 from models.recomputation import Recomputation
 from models.spiking.neurons import Spikes
@@ -60,12 +60,14 @@ class Case:
 
     `is_cuttable` takes a deeper model, whose heads and channels four ranks can share out.
     `recompute` drops the first two blocks, `selective` norms, activations and mixers of all, and of
-    experts one layer whole and what others do inside. `moe` makes every other layer one of experts,
-    whose routers start at zero with `ties`.
+    experts one layer whole and what others do inside. `branches` makes every mixer of the cuttable
+    model two parallel ones with a key-tied gate, `moe` every other layer one of experts, whose
+    routers start at zero with `ties`.
     """
 
     parallel: ParallelConfig = ParallelConfig()
     is_cuttable: bool = False
+    branches: BranchConfig | None = None
     microbatch_rows: int = ROWS
     recompute: bool = False
     selective: bool = False
@@ -89,6 +91,7 @@ class Case:
             through=self.through,
             teacher=self.teacher,
             is_cuttable=self.is_cuttable,
+            branches=self.branches,
             moe=self.moe,
             ties=self.ties,
         )
@@ -151,6 +154,13 @@ def cuttable_config(case: Case) -> ModelConfig:
     linear = LinearAttentionConfig(gate_low_rank_dim=3)
     if case.precision is Precision.fp32:
         linear = replace(linear, norm_eps=1e-2)
+    mixers = "L S F L"
+    if case.branches is not None:
+        mixers = "[L+S L+F]*2"
+        linear = replace(
+            linear, feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied, gate_offset=1.0,
+            gate_floor=0.05,
+        )  # fmt: skip
     return ModelConfig(
         vocab_size=61,
         hidden_size=24,
@@ -158,8 +168,9 @@ def cuttable_config(case: Case) -> ModelConfig:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=4,
-        mixers="L S F L",
+        mixers=mixers,
         ffns="d*4",
+        branches=case.branches or BranchConfig(),
         qkv_bias=True,
         output_bias=True,
         ffn_bias=True,

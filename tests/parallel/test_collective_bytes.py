@@ -12,7 +12,8 @@ import pytest
 from models.config import NeuronKind, SpikingConfig, ThresholdGrad
 from models.expert_config import Balance, ExpertConfig
 from models.layer_pattern import FfnKind
-from models.recomputation import Recomputation
+from models.mixer_config import BranchConfig, BranchMerge, BranchNorm, BranchProjections
+from models.recomputation import NOTHING, Recomputation
 from models.routing import SUMS
 from parallel.collective_bytes import Kind, Traffic, step_traffic
 from parallel.collective_count import CollectiveCount
@@ -28,6 +29,11 @@ TRAINED_THRESHOLDS = SpikingConfig(neuron=NeuronKind.adaptive, threshold_grad=Th
 ALL, TWO = frozenset(range(4)), frozenset({0, 2})
 WHOLE_BLOCKS = Recomputation(blocks=TWO)
 PARTS = Recomputation(norms=ALL, activations=TWO, mixers=TWO)
+NORMS = Recomputation(norms=TWO)
+MIXERS = "L+S S+F F L+F"
+BRANCHES = {"mixers": MIXERS, "branches": BranchConfig(merge=BranchMerge.learned)}
+APART = {"mixers": MIXERS, "branches": BranchConfig(projections=BranchProjections.separate)}
+AFTER = {"mixers": MIXERS, "branches": BranchConfig(norm=BranchNorm.after_output)}
 
 CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
     2: [
@@ -46,6 +52,15 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
             job_of(recompute=PARTS, spiking=SPIKING),
             ParallelConfig(tp=2, sequence_parallel=True),
         ),
+        *(
+            (job_of(recompute=recompute, spiking=TRAINED_THRESHOLDS, model=model),
+             ParallelConfig(tp=2, sequence_parallel=is_cut))
+            for model, recompute, is_cut in (
+                (BRANCHES, NOTHING, False), (BRANCHES, PARTS, True), (APART, PARTS, False),
+                (APART, WHOLE_BLOCKS, True), (AFTER, PARTS, True), (AFTER, NORMS, False),
+            )
+        ),
+        (job_of(model=APART, precision=Precision.bf16), ParallelConfig(shard=Shard.parameters)),
         (job_of(), ParallelConfig(pp=2)),
         (job_of(), ParallelConfig(pp=2, schedule=PipelineSchedule.zero_bubble)),
         (job_of(model={"tie_word_embeddings": True}), ParallelConfig(pp=2)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.expert_config import Balance, ExpertConfig
+from models.mixer_config import BranchConfig, BranchMerge, BranchNorm
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import TorchEngine
@@ -112,6 +114,10 @@ def look_at_levels(rank: int, world_size: int) -> dict[str, Any]:
         engine = build_engine(mesh, experts)
         results[f"{shard.name} expert dtypes"] = dtypes_inside_forward(engine, experts)
         wide = Case(parallel=LEVELS[shard], precision=Precision.fp32)
+        branches = replace(case, is_cuttable=True, branches=BRANCHES)
+        mesh = init(CpuBackend(), case.parallel)
+        found = dtypes_inside_forward(build_engine(mesh, branches), branches)
+        results[f"{shard.name} dtypes of branches"] = found
         results[f"{shard.name} fp32 loss"] = train_step(build_engine(mesh, wide), wide, 0)
     return results
 
@@ -146,7 +152,8 @@ def test_one_process_pays_for_no_mean() -> None:
         close(mesh)
 
 
-FLOAT32 = ("norm.weight", "gate_down.weight", "gate_up.weight", "gate_up.bias")
+FLOAT32 = ("norm.weight", "gate_down.weight", "gate_up.weight", "gate_up.bias", "merge.weight")
+BRANCHES = BranchConfig(norm=BranchNorm.after_output, merge=BranchMerge.learned)
 
 
 @pytest.mark.parametrize("shard", [shard.name for shard in Shard])
@@ -160,6 +167,15 @@ def test_norms_and_gates_act_in_float32(levels: dict[str, Any], shard: str) -> N
     for name, dtype in seen.items():
         expected = torch.float32 if name.endswith(FLOAT32) else torch.bfloat16
         assert dtype == expected, name
+
+
+@pytest.mark.parametrize("shard", [shard.name for shard in Shard])
+def test_norms_and_weights_of_branches_act_in_float32(levels: dict[str, Any], shard: str) -> None:
+    seen: dict[str, torch.dtype] = levels[f"{shard} dtypes of branches"]
+    float32 = {name for name, dtype in seen.items() if dtype is torch.float32}
+    assert {"blocks.0.mixer.merge.weight", "blocks.1.mixer.full.output_norm.weight"} < float32
+    assert float32 == {name for name in seen if name.endswith(FLOAT32)}
+    assert set(seen.values()) == {torch.float32, torch.bfloat16}
 
 
 @pytest.mark.parametrize("shard", [shard.name for shard in Shard])

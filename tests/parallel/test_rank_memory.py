@@ -8,6 +8,15 @@ from pathlib import Path
 import pytest
 
 from models.expert_config import Balance, ExpertConfig
+from models.mixer_config import (
+    BranchConfig,
+    BranchMerge,
+    BranchNorm,
+    BranchProjections,
+    FeatureMap,
+    GateKind,
+    LinearAttentionConfig,
+)
 from models.recomputation import Recomputation
 from parallel.boxes import local_of
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
@@ -32,6 +41,17 @@ class Measured:
     peak: int
 
 
+TIED = LinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied)
+BRANCHES = {
+    "mixers": "[L+S L+F]*2", "linear": TIED, "branches": BranchConfig(merge=BranchMerge.learned),
+}  # fmt: skip
+APART = BRANCHES | {
+    "branches": BranchConfig(
+        merge=BranchMerge.learned,
+        norm=BranchNorm.after_output,
+        projections=BranchProjections.separate,
+    )
+}
 # What a microbatch leaves behind adds up.
 MANY = job_of(rows=16, microbatch_rows=1)
 CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
@@ -46,6 +66,9 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
         ),
         (job_of(model={"tie_word_embeddings": True, "mixers": "S F _ L"}), ParallelConfig()),
         (job_of(frozen=frozenset({"embedding.weight"})), ParallelConfig()),
+        (job_of(model=BRANCHES, spiking=SPIKING), ParallelConfig()),
+        (job_of(model=BRANCHES, precision=Precision.bf16), ParallelConfig()),
+        (job_of(model=APART, recompute=Recomputation(norms=ALL, mixers=ALL)), ParallelConfig()),
         # As in a real model, the product for the head's gradient outweighs a chunk of logits.
         (
             job_of(precision=Precision.bf16, loss_chunk_tokens=16, model={"vocab_size": 4000}),
@@ -58,6 +81,8 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
         (job_of(), ParallelConfig(shard=Shard.none)),
         (job_of(), ParallelConfig(tp=2)),
         (job_of(), ParallelConfig(tp=2, sequence_parallel=True)),
+        (job_of(model=BRANCHES), ParallelConfig(tp=2, sequence_parallel=True)),
+        (job_of(model=APART), ParallelConfig(shard=Shard.parameters)),
         (MANY, ParallelConfig(pp=2)),
         (job_of(), ParallelConfig(pp=2, schedule=PipelineSchedule.gpipe)),
         (MANY, ParallelConfig(pp=2, schedule=PipelineSchedule.interleaved)),

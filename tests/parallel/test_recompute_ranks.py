@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from models.expert_config import Balance, ExpertConfig
+from models.mixer_config import BranchConfig, BranchMerge, BranchNorm, BranchProjections
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.mesh import init
@@ -30,14 +31,24 @@ MOE = ExpertConfig(
 
 
 def case(
-    precision: Precision = Precision.bf16, moe: ExpertConfig | None = None, **axes: Any
+    precision: Precision = Precision.bf16,
+    branches: BranchConfig | None = None,
+    moe: ExpertConfig | None = None,
+    **axes: Any,
 ) -> Case:
     parallel = ParallelConfig(vocab_multiple=4, **axes)
     return Case(
-        parallel=parallel, is_cuttable=True, microbatch_rows=2, precision=precision, moe=moe
-    )
+        parallel=parallel, is_cuttable=True, microbatch_rows=2, precision=precision,
+        branches=branches, moe=moe,
+    )  # fmt: skip
 
 
+BRANCHES = BranchConfig(merge=BranchMerge.learned)
+APART = BranchConfig(
+    merge=BranchMerge.learned,
+    norm=BranchNorm.after_output,
+    projections=BranchProjections.separate,
+)
 CASES = {
     "dp4 parameters": case(shard=Shard.parameters),
     "pp2 dp2 parameters": case(pp=2, shard=Shard.parameters),
@@ -47,6 +58,10 @@ CASES = {
     "tp2 dp2 parameters sequence": case(tp=2, sequence_parallel=True, shard=Shard.parameters),
     "tp2 pp2 sequence zero bubble": case(
         Precision.fp64, tp=2, pp=2, sequence_parallel=True, schedule=PipelineSchedule.zero_bubble
+    ),
+    "dp4 parameters branches": case(branches=BRANCHES, shard=Shard.parameters),
+    "pp2 tp2 branches sequence apart": case(
+        branches=APART, pp=2, tp=2, sequence_parallel=True, shard=Shard.parameters
     ),
     "dp4 parameters experts": case(moe=MOE, shard=Shard.parameters),
     "pp2 dp2 experts": case(moe=MOE, pp=2),

@@ -162,6 +162,19 @@ def test_forward_passes_of_the_7b_take_what_the_report_measured() -> None:
             assert length / forward == pytest.approx(rate, rel=0.05)
 
 
+def test_branches_take_the_time_of_both_kernels() -> None:
+    job = job_of(model={"mixers": "L+S F+L S _"})
+    given, flops = Assignment.of(job, layout_of()), job_flops(job)
+
+    def forward(efficiency: Efficiency) -> float:
+        return _Clock(given, FAST, efficiency, 1e12, flops)._computing(given.stage_bytes[0])[0]
+
+    tokens, perfect = given.work.tokens, forward(PERFECT)
+    for kernel in ("softmax", "linear"):
+        slower = forward(replace(PERFECT, **{kernel: 0.5})) - perfect
+        assert slower == pytest.approx(tokens * sum(getattr(flops, kernel)) / 3 / 1e12, rel=1e-6)
+
+
 def test_a_precision_without_a_peak_has_no_time() -> None:
     given = Assignment.of(job_of(precision=Precision.fp64), layout_of())
     memory, traffic = [rank_memory(given, 0)], [step_traffic(given, 0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,20 +93,29 @@ def test_a_teacher_is_said_to_be_left_out() -> None:
     assert lines_of(config, 1)[-1].startswith("  not counted: training.teacher (runs/teacher), its")
 
 
-def test_memory_of_experts_is_not_planned() -> None:
-    config = config_with(model={**FOUR_LAYERS, "ffns": "d e d e"})
-    lines = lines_of(config, 1)
-    assert lines[1:] == [
-        "1 rank = pp 1 x dp 1 x tp 1, dp = 1 x 1 shards (gradients)",
-        "memory of expert layers is not planned in this release",
-    ]
-    shared_out = config_with(
-        model={**FOUR_LAYERS, "ffns": "d e d e", "moe": {"num_experts": 8}}, parallel={"ep": 4}
-    )
-    assert lines_of(shared_out, 4)[2] == "experts over ep 4 of dp, 2 a rank"
-    message = r"ffns \(d e d e\) must be all d to be planned: got e, which is not in this release"
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"ffns": "d*3 e"}, r"ffns \(d\*3 e\) must be all d in a plan: got e"),
+        ({"sinks": {"num_tokens": 4}}, r"sinks\.num_tokens \(4\) must be 0 in a plan"),
+    ],
+)
+def test_a_model_that_the_planner_does_not_know_is_shown_without_memory(
+    model: dict[str, Any], reason: str
+) -> None:
+    config = config_with(model={**FOUR_LAYERS, **model})
+    last = lines_of(config, 1)[-1]
+    assert re.fullmatch(f"no planned memory: {reason}", last)
+    with pytest.raises(ValueError, match=f"{reason}. Run it to see what it takes"):
         planned_memory(config, num_ranks=1, kernels=KERNELS)
+
+
+def test_experts_that_ranks_share_out_are_named() -> None:
+    model = {**FOUR_LAYERS, "ffns": "d e d e", "moe": {"num_experts": 8}}
+    assert "experts over ep 4 of dp, 2 a rank" in lines_of(
+        config_with(model=model, parallel={"ep": 4}), 4
+    )
+    assert not [line for line in lines_of(config_with(model=model), 4) if "ep" in line.split()]
 
 
 def test_columns_are_aligned() -> None:
