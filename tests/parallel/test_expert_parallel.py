@@ -31,7 +31,7 @@ from tests.parallel.engine_cases import (
 )
 from tests.parallel.engine_oracle import oracle, oracle_statistics
 from tests.parallel.test_elastic import Digests, Numbers, digests, resume, state_of, take_steps
-from tests.parallel.test_expert_layouts import GRADIENT, LOSS, case
+from tests.parallel.test_expert_layouts import BRANCHES, GRADIENT, LOSS, case
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
 
@@ -68,6 +68,8 @@ TWO = {
 FOUR = {
     "ep4": case(DROPLESS, ep=4),
     "ep4 capacity": case(CAPACITY, ep=4, rows=1),
+    "ep4 branches selective": case(CAPACITY, ep=4, branches=BRANCHES, selective=True),
+    "ep4 ties": case(PREVIOUS, ep=4, ties=True),
     "ep4 none previous": case(PREVIOUS, ep=4, shard=Shard.none),
     "ep4 over copies": case(BIAS, ep=4, dp_replicate=2),
     "ep2 tp2": case(DROPLESS, ep=2, tp=2),
