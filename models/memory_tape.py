@@ -72,6 +72,7 @@ class Tape:
     def __init__(self, source_bytes: int) -> None:
         self.source = Value(source_bytes)
         self._operations: list[_Operation] = []
+        self._kept = 0
         self._regions = 0
         self._region: int | None = None
 
@@ -88,6 +89,10 @@ class Tape:
             self._regions += 1
         yield
         self._region = before
+
+    def keep(self, size: int) -> None:
+        """Hold bytes from forward to the end of backward, whatever is computed again."""
+        self._kept += size
 
     def op(  # noqa: PLR0913 - what an operation is
         self,
@@ -145,6 +150,9 @@ class Tape:
             each.output.size + sum(value.size for value in each.inputs)
             for each in self._operations
             if not each.is_product
+        )
+        kept, forward_peak, first, later = (
+            size + self._kept for size in (kept, forward_peak, first, later)
         )
         return Footprint(kept, forward_peak, first, later, weights, split, traffic)
 
