@@ -229,7 +229,8 @@ class _Replay:
             live -= _release(gradient) + each.saved_aside
             finished = each.saved
             if each.region is not None and first_of[each.region] is each:
-                finished = (*finished, *arguments[each.region])
+                kept = (v for v in arguments[each.region] if self.region_of.get(v) is None)
+                finished = (*finished, *kept)
             for value in finished:
                 savers[value] -= 1
                 live -= 0 if savers[value] else value.size
@@ -240,17 +241,31 @@ class _Replay:
         if region in regions:
             return 0, 0
         regions.add(region)
-        inside = [each for each in self.operations if each.region == region]
-        sizes = [each.output.size for each in inside if savers[each.output]]
-        others = sum(each.output.size for each in inside if not savers[each.output])
-        made = sum(sizes) + sum(each.saved_aside for each in inside)
-        before, scratch = 0, max(each.scratch for each in inside)
+        before = freed = 0
         for value in self._arguments()[region]:
             inner = self.region_of.get(value)
             if inner is not None:
-                more, _ = self._again(inner, regions, savers)
-                before += more
-        return before + made, others + scratch
+                before += self._again(inner, regions, savers)[0]
+                # What another region made again is not kept for this one.
+                savers[value] -= 1
+                freed += 0 if savers[value] else value.size
+        made, peak = self._made_again(region, savers)
+        return before + made - freed, peak - made + freed
+
+    def _made_again(self, region: int, savers: Counter[Value]) -> tuple[int, int]:
+        """Bytes that a region's second run leaves, and their peak; what it returns lives as long."""
+        inside = [each for each in self.operations if each.region == region]
+        returned = {v for each in self.operations if each.region != region for v in each.inputs}
+        last_use = {v: i for i, each in enumerate(inside) for v in (*each.inputs, *each.held)}
+        live = peak = made = 0
+        for index, each in enumerate(inside):
+            live += each.output.size + each.saved_aside
+            made += each.saved_aside + (each.output.size if savers[each.output] else 0)
+            peak = max(peak, live + each.scratch)
+            for value in {*each.inputs, *each.held, each.output} - returned:
+                is_done = self.region_of.get(value) == region and last_use.get(value, -1) <= index
+                live -= value.size if is_done and not savers[value] else 0
+        return made, peak
 
 
 def _accumulate(gradients: dict[Value, _Gradient], value: Value, new: _Gradient) -> tuple[int, int]:

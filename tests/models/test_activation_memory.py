@@ -203,8 +203,18 @@ def test_experts_that_are_computed_again_keep_what_is_planned(
 )  # fmt: skip
 @pytest.mark.parametrize("again", [None, "norms", "activations", "all parts"])
 def test_the_peak_of_a_backward_is_close(name: str, again: str | None) -> None:
+    assert_peak(name, SPIKING["detached"], again)
+
+
+@pytest.mark.parametrize("name", ["top 1", "top 2, shared", "capacity", "tight", "sigmoid"])
+@pytest.mark.parametrize("again", [None, *EXPERTS_AGAIN])
+def test_the_peak_of_experts_is_close(name: str, again: str | None) -> None:
+    assert_peak(f"_ {name}", SPIKING["detached"], again)
+
+
+def assert_peak(name: str, spiking: SpikingConfig, again: str | None) -> None:
     real = Real(
-        name, SPIKING["detached"], torch.float32, AGAIN.get(again or ""), hidden_size=96,
+        name, spiking, torch.float32, EXPERTS_AGAIN.get(again or ""), hidden_size=96,
         intermediate_size=256, head_dim=24, window_tokens=64,
     )  # fmt: skip
     rows, length = 2, 512
