@@ -229,8 +229,8 @@ class _Replay:
             live -= _release(gradient) + each.saved_aside
             finished = each.saved
             if each.region is not None and first_of[each.region] is each:
-                kept = (v for v in arguments[each.region] if self.region_of.get(v) is None)
-                finished = (*finished, *kept)
+                outside = [v for v in arguments[each.region] if self.region_of.get(v) is None]
+                finished = (*finished, *outside)
             for value in finished:
                 savers[value] -= 1
                 live -= 0 if savers[value] else value.size
@@ -253,7 +253,7 @@ class _Replay:
         return before + made - freed, peak - made + freed
 
     def _made_again(self, region: int, savers: Counter[Value]) -> tuple[int, int]:
-        """Bytes that a region's second run leaves, and their peak; what it returns lives as long."""
+        """Bytes that a region's second run leaves, and its peak; what it returns lives as long."""
         inside = [each for each in self.operations if each.region == region]
         returned = {v for each in self.operations if each.region != region for v in each.inputs}
         last_use = {v: i for i, each in enumerate(inside) for v in (*each.inputs, *each.held)}
