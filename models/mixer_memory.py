@@ -12,7 +12,16 @@ from models.kernel_memory import KernelMemory, linear_memory, softmax_memory
 from models.layer_pattern import MixerKind, Mixers
 from models.memory_tape import Tape, Value
 from models.mixer_config import BranchMerge, BranchNorm, BranchProjections, GateKind
-from models.operation_memory import Again, Workload, column, neuron, norm, norm_and_enter, row
+from models.operation_memory import (
+    Again,
+    Workload,
+    column,
+    neuron,
+    norm,
+    norm_and_enter,
+    row,
+    widened,
+)
 
 _Heads = tuple[Value, Value, Value]
 
@@ -110,7 +119,7 @@ def _low_rank_gate(tape: Tape, x: Value, work: Workload, again: Again) -> Value:
     """The first half of the gate of `L`, in the wide dtype."""
     rank = work.model.linear.gate_low_rank_dim
     with tape.computed_again(again.norms):
-        x = _widened(tape, x, work)
+        x = widened(tape, x, work)
     weights = rank * work.model.hidden_size * work.wide
     makes = work.tokens * rank * work.wide
     return tape.op(x, makes=makes, saves=[x], weights=weights, is_product=True)
@@ -140,7 +149,7 @@ def _low_rank_decay(tape: Tape, gate: Value, work: Workload) -> Value:
 def _key_tied_gate(tape: Tape, keys: Value, work: Workload) -> tuple[Value, Value]:
     """`models.linear_attention.key_tied_gate`."""
     linear = work.model.linear
-    u = _widened(tape, keys, work)
+    u = widened(tape, keys, work)
     if linear.gate_offset:
         u = tape.op(u, makes=u.size, hands_gradient_on=True)
     decay = _log_sigmoid(tape, tape.op(u, makes=u.size), work)
@@ -162,7 +171,7 @@ def _meet(tape: Tape, branches: Sequence[Value], work: Workload, *, adds: bool) 
     """`models.parallel_branches.BranchWeights`, and the sum or none, in the compute dtype."""
     merge = work.model.branches.merge
     if merge is BranchMerge.learned:
-        wide = [_widened(tape, each, work) for each in branches]
+        wide = [widened(tape, each, work) for each in branches]
         weighed = [
             tape.op(x, makes=x.size, saves=[x], weights=work.wide, backward_scratch=x.size)
             for x in wide
@@ -180,10 +189,6 @@ def _sum(tape: Tape, branches: Sequence[Value]) -> Value:
     for other in others:
         first = tape.op(first, other, makes=first.size, hands_gradient_on=True)
     return first
-
-
-def _widened(tape: Tape, x: Value, work: Workload) -> Value:
-    return tape.op(x, makes=x.size // work.narrow * work.wide) if work.is_narrow else x
 
 
 def _narrowed(tape: Tape, x: Value, work: Workload) -> Value:

@@ -37,6 +37,7 @@ class Workload:
     kernels: tuple[str, str] = PLAIN_KERNELS
     tp: int = 1
     sequence_parallel: bool = False
+    ep: int = 1
 
     @property
     def tokens(self) -> int:
@@ -75,6 +76,8 @@ class Again:
     norms: bool = False
     activations: bool = False
     mixer: bool = False
+    experts: bool = False
+    expert_layer: bool = False
 
 
 def norm(tape: Tape, x: Value, num_rows: int, work: Workload) -> Value:
@@ -126,17 +129,27 @@ def row(  # noqa: PLR0913 - a module's closing linear
     whole = work.tokens * hidden * work.narrow
     weights = (hidden * width + (hidden if bias else 0)) * work.narrow
     out = tape.op(x, makes=whole, saves=[x], holds=holds, weights=weights, is_product=True)
+    reduced = leave(tape, out, work)
+    if work.tp == 1 or not bias:
+        return reduced
+    return tape.op(reduced, makes=work.stream, hands_gradient_on=True)
+
+
+def leave(tape: Tape, x: Value, work: Workload) -> Value:
+    """Out of a tensor-parallel region: sums over ranks, cuts tokens under sequence parallelism."""
     if work.tp == 1:
-        return out
-    reduced = tape.op(out, makes=work.stream, hands_gradient_on=not work.sequence_parallel)
-    return tape.op(reduced, makes=work.stream, hands_gradient_on=True) if bias else reduced
+        return x
+    return tape.op(x, makes=work.stream, hands_gradient_on=not work.sequence_parallel)
 
 
 def enter(tape: Tape, x: Value, work: Workload) -> Value:
     """Into a tensor-parallel region: gathers tokens under sequence parallelism."""
-    if not work.sequence_parallel:
-        return x
-    return tape.op(x, makes=work.tokens * work.model.hidden_size * work.narrow)
+    return tape.op(x, makes=x.size * work.tp) if work.sequence_parallel else x
+
+
+def widened(tape: Tape, x: Value, work: Workload) -> Value:
+    """x in the wide dtype."""
+    return tape.op(x, makes=x.size // work.narrow * work.wide) if work.is_narrow else x
 
 
 def norm_and_enter(tape: Tape, x: Value, work: Workload, again: Again) -> tuple[Value, Value]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.dispatch import capacity
+from models.dispatch import num_expert_rows
 from models.expert_config import ExpertConfig
 
 COUNT_BYTES = 8
@@ -55,19 +55,7 @@ class Messages:
 
     def num_rows(self) -> int:
         """Rows of experts, those that only fill up included."""
-        moe = self.moe
-        if moe.capacity_factor is None:
-            return self.rows * self.length * moe.top_k
-        return (
-            self.rows
-            * moe.num_experts
-            * capacity(
-                moe.capacity_factor,
-                top_k=moe.top_k,
-                num_tokens=self.length,
-                num_experts=moe.num_experts,
-            )
-        )
+        return num_expert_rows(self.moe, self.rows, self.length)
 
     def crossing(self) -> Crossing:
         """The formula."""

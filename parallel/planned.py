@@ -62,6 +62,7 @@ class Job:
         return Again(
             block=layer in named.blocks, norms=layer in named.norms,
             activations=layer in named.activations, mixer=layer in named.mixers,
+            experts=layer in named.experts, expert_layer=layer in named.expert_layers,
         )  # fmt: skip
 
     @property
@@ -161,7 +162,7 @@ class Assignment:
         work = Workload(
             model=job.model, spiking=job.spiking, rows=job.microbatch_rows, length=job.length,
             narrow=job.narrow, wide=job.master, kernels=job.kernels, tp=layout.tp,
-            sequence_parallel=parallel.sequence_parallel,
+            sequence_parallel=parallel.sequence_parallel, ep=parallel.ep,
         )  # fmt: skip
         shares = Shares(
             tp=layout.tp, dp_shard=layout.dp_shard, vocab_multiple=parallel.vocab_multiple,
@@ -208,10 +209,11 @@ def _stage_bytes(job: Job, work: Workload, shares: Shares, stage: StageCut) -> S
     known: dict[object, Footprint] = {}
     footprints = []
     for layer in layers:
-        mixers, again = job.model.layers.mixers[layer], job.again(layer)
-        if (mixers, again) not in known:
-            known[mixers, again] = block_footprint(work, mixers, again)
-        footprints.append(known[mixers, again])
+        pattern = job.model.layers
+        kind = pattern.mixers[layer], pattern.ffns[layer], job.again(layer)
+        if kind not in known:
+            known[kind] = block_footprint(work, *kind)
+        footprints.append(known[kind])
     head = None
     if stage.has_head:
         head = head_footprint(work, rows, chunk_tokens=job.loss_chunk_tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from models.config import ModelConfig
-from models.layer_pattern import FfnKind
 from models.layouts import parameter_layouts
 from parallel.config import Precision
 from parallel.planned import Assignment, Job, Layout
@@ -42,8 +41,6 @@ def planned_job(config: RunConfig, stage_name: str, *, kernels: tuple[str, str])
 
 def unplanned(model: ModelConfig) -> str | None:
     """What of a model the planner cannot count yet, as a sentence; None where it knows all."""
-    if FfnKind.mixture_of_experts in model.layers.ffns:
-        return f"ffns ({model.ffns}) must be all d in a plan: got e"
     if model.uses_sinks:
         return f"sinks.num_tokens ({model.sinks.num_tokens}) must be 0 in a plan"
     return None

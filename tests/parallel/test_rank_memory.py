@@ -52,6 +52,12 @@ APART = BRANCHES | {
         projections=BranchProjections.separate,
     )
 }
+MOE = ExpertConfig(num_experts=4, num_shared_experts=1, intermediate_size=88)
+TIGHT = replace(MOE, top_k=2, capacity_factor=1.0, z_loss_coefficient=0.1)
+# Dropless, but as even as it can be.
+EVERY = replace(MOE, num_experts=2, top_k=2)
+DROPLESS, CAPACITY, EVEN = ({"ffns": "d e e e", "moe": moe} for moe in (MOE, TIGHT, EVERY))
+E = frozenset({1, 2, 3})
 # What a microbatch leaves behind adds up.
 MANY = job_of(rows=16, microbatch_rows=1)
 CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
@@ -69,6 +75,18 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
         (job_of(model=BRANCHES, spiking=SPIKING), ParallelConfig()),
         (job_of(model=BRANCHES, precision=Precision.bf16), ParallelConfig()),
         (job_of(model=APART, recompute=Recomputation(norms=ALL, mixers=ALL)), ParallelConfig()),
+        *(
+            (job_of(model=DROPLESS, recompute=recompute), ParallelConfig())
+            for recompute in (
+                Recomputation(),
+                Recomputation(norms=ALL, activations=ALL),
+                Recomputation(experts=E),
+                Recomputation(norms=ALL, activations=ALL, expert_layers=E),
+                Recomputation(blocks=ALL),
+            )
+        ),
+        (job_of(model=CAPACITY, spiking=SPIKING), ParallelConfig()),
+        (job_of(model=CAPACITY, precision=Precision.bf16), ParallelConfig()),
         # As in a real model, the product for the head's gradient outweighs a chunk of logits.
         (
             job_of(precision=Precision.bf16, loss_chunk_tokens=16, model={"vocab_size": 4000}),
@@ -83,6 +101,21 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
         (job_of(), ParallelConfig(tp=2, sequence_parallel=True)),
         (job_of(model=BRANCHES), ParallelConfig(tp=2, sequence_parallel=True)),
         (job_of(model=APART), ParallelConfig(shard=Shard.parameters)),
+        *(
+            (job_of(model=model), parallel)
+            for model in (EVEN, CAPACITY)
+            for parallel in (
+                ParallelConfig(ep=2),
+                ParallelConfig(ep=2, shard=Shard.parameters),
+                ParallelConfig(ep=2, shard=Shard.none),
+                ParallelConfig(tp=2, sequence_parallel=True),
+            )
+        ),
+        (job_of(model=CAPACITY, spiking=SPIKING), ParallelConfig(ep=2)),
+        (job_of(model=CAPACITY, precision=Precision.bf16), ParallelConfig(ep=2)),
+        (job_of(model=CAPACITY, recompute=Recomputation(experts=E)), ParallelConfig(ep=2)),
+        (job_of(model=CAPACITY, recompute=Recomputation(blocks=ALL)), ParallelConfig(ep=2)),
+        (job_of(model=CAPACITY), ParallelConfig(pp=2)),
         (MANY, ParallelConfig(pp=2)),
         (job_of(), ParallelConfig(pp=2, schedule=PipelineSchedule.gpipe)),
         (MANY, ParallelConfig(pp=2, schedule=PipelineSchedule.interleaved)),
