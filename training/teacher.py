@@ -11,7 +11,7 @@ from models.lesson import Goals
 from parallel.boxes import Box
 from parallel.mesh import Mesh
 from parallel.teacher import Teacher, TeacherSpec, check_teacher
-from parallel.tensor_parallel import check_tensor_parallel
+from parallel.tensor_parallel import check_sinks, check_tensor_parallel
 from training.config import RunConfig
 from training.origin import Origin
 from training.stage_data import RunData
@@ -45,6 +45,7 @@ def open_teacher(
     check_same_tokenizer(source.path, source.tokenizer_sha256, data.tokenizer.sha256)
     check_teacher(source.model, config.model, goals(config), pp=config.parallel.pp)
     check_tensor_parallel(source.model, config.parallel.tp)
+    check_sinks(source.model, config.parallel)
     if mesh.is_main and before is not None:
         _warn_if_replaced(source, before)
     if mesh.is_main and config.distill.offload and mesh.device.type == "cpu":
