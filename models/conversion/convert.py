@@ -31,7 +31,6 @@ from models.layouts import (
     is_new_parameter,
     parameter_layouts,
     refuse_experts,
-    refuse_unsupported,
 )
 
 
@@ -86,7 +85,6 @@ def plan_conversion(
     options = options or ConversionOptions()
     config = read_config(source.config)
     format = read_format(source.config)
-    refuse_unsupported(target)
     refuse_experts(target, "converted to")
     check_target(config, target)
     check_source(source, config, format)

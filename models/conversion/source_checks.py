@@ -55,7 +55,12 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
 
 
 def _refuse_unconverted(target: ModelConfig) -> None:
-    """Refuse mixers that models here have, but that no conversion makes yet."""
+    """Refuse mixers and sinks that models here have, but that no conversion makes yet."""
+    if target.uses_sinks:
+        raise ValueError(
+            f"model.sinks.num_tokens ({target.sinks.num_tokens}) must be 0 in a conversion. Train "
+            "such a model from its start."
+        )
     for mixers in target.layers.mixers:
         if len(mixers) > 1:
             symbol = "+".join(kind.value for kind in mixers)
