@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from launch.compose import load_config
 from launch.schema import CONF
 from models.cost import parameter_count
+from models.mixer_config import GateKind
 from models.model import Model
 from training.config import RunConfig
 
@@ -53,6 +55,22 @@ def test_smoke_has_the_sizes_that_scripts_rely_on() -> None:
     assert config.model.mixers == "[L S]*2"
     assert config.seed == 1
     assert config.data.corpus.max_bytes == 2_000_000
+
+
+def test_smoke_moe_is_smoke_with_branches_sinks_and_experts() -> None:
+    config, smoke = load("experiment=smoke_moe"), load("experiment=smoke")
+    model = config.model
+    assert (model.mixers, model.ffns) == ("[L+S L+F]*2", "[d e]*2")
+    assert model.linear.gate is GateKind.key_tied
+    assert model.sinks.num_tokens == 8
+    assert (model.moe.num_experts, model.moe.num_shared_experts, model.moe.top_k) == (4, 1, 1)
+    assert model.expert_intermediate_size == 128
+    assert (model.moe.balance_coefficient, model.moe.z_loss_coefficient) == (1e-2, 1e-3)
+    own = {"mixers", "ffns", "linear", "sinks", "moe"}
+    sizes = {field.name for field in fields(model)} - own
+    assert all(getattr(model, name) == getattr(smoke.model, name) for name in sizes)
+    for name in ("stages", "training", "spiking", "schedule", "optimizer", "data", "seed"):
+        assert getattr(config, name) == getattr(smoke, name), name
 
 
 def test_the_7b_preset_counts_what_the_report_gives() -> None:

@@ -31,6 +31,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
                            "parallel.stage_layers=[2,1,1,0]"),
     "smoke": SMALL,
     "smoke_fp32": (*SMALL, "parallel.sequence_parallel=true"),
+    "smoke_moe": (*SMALL, "parallel.sequence_parallel=true"),
 }  # fmt: skip
 
 

@@ -24,9 +24,11 @@ from models.mixer_config import (
     SinkConfig,
     SinkRope,
 )
+from models.mixture_of_experts import MixtureOfExperts
 from models.model import Model
 from models.part import ModelPart
 from models.recomputation import Recomputation
+from models.router import tie_order
 from models.routing import Routing, RoutingRecorder
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
@@ -203,6 +205,26 @@ def test_sinks_take_no_capacity() -> None:
     assert float(recorder.tensors(rank=0, num_ranks=1)["0"][4]) > 0
     assert torch.equal(sinks, as_evaluated)
     assert not torch.equal(trained, evaluated)
+
+
+def test_sinks_with_equal_scores_spread_over_experts() -> None:
+    """In the order of positions of their own, in front of every document's."""
+    config = tiny_config(
+        mixers="F", ffns="e", moe=MOE, sinks=SinkConfig(num_tokens=16), window_tokens=None
+    )
+    model = tiny_model(config)
+    ffn = model.blocks[0].ffn
+    assert isinstance(ffn, MixtureOfExperts)
+    with torch.no_grad():
+        ffn.router.weight.zero_()
+    plans: list[Tensor] = []
+    ffn.experts.register_forward_pre_hook(lambda _m, args: plans.append(args[1].counts))
+    model(TOKENS, SEQUENCE)
+    order = tie_order(torch.arange(-16, 0), 4, seed=MOE.tie_break_seed, layer=0)
+    assert plans[1].tolist() == torch.bincount(order.argmax(-1), minlength=4).tolist()
+    sequence = SequenceContext.one_document_per_row(2, 13)
+    logits, _ = generation.prefill(model, TOKENS, chunk_tokens=5)
+    assert_close(logits, model(TOKENS, sequence)[:, -1], relative=1e-11)
 
 
 ALL = frozenset({0, 1})
