@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from models.cost import FlopsPerToken, flops_by_part, mean_visible
 from parallel.backend.devices import Device
-from parallel.collective_bytes import Kind, Traffic
 from parallel.config import Shard
 from parallel.fully_sharded import compute_dtype
 from parallel.memory_replay import StageBytes
@@ -19,6 +18,7 @@ from parallel.pipeline_cut import StageCut
 from parallel.planned import Assignment, Job
 from parallel.rank_memory import RankMemory
 from parallel.schedule_order import Action, Timeline, Work, timeline
+from parallel.traffic import Kind, Traffic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,11 +12,12 @@ from models.cost import flops_per_token, mean_visible
 from models.recomputation import Recomputation
 from parallel.backend.cuda import table_flops
 from parallel.backend.devices import Device, DeviceName, device_facts
-from parallel.collective_bytes import Kind, Traffic, step_traffic
+from parallel.collective_bytes import step_traffic
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import rank_memory
 from parallel.roofline import EFFICIENCY, Efficiency, StepTime, _Clock, job_flops, step_time
+from parallel.traffic import Kind, Traffic
 from tests.models.test_cost import SPIKINGBRAIN_7B
 from tests.parallel.planned_runs import job_of
 
