@@ -166,7 +166,10 @@ def _time(planned: PlannedStage) -> Iterator[str]:
 
 def _recompute(planned: PlannedStage) -> str:
     named = planned.job.recompute
-    parts = {"norms": named.norms, "activations": named.activations, "mixers": named.mixers}
+    parts = {
+        "norms": named.norms, "activations": named.activations, "mixers": named.mixers,
+        "experts": named.experts, "expert layers": named.expert_layers,
+    }  # fmt: skip
     inside = [name for name, layers in parts.items() if layers]
     if inside:
         return f"{Recompute.selective.value} ({', '.join(inside)})"
