@@ -35,11 +35,11 @@ def active_parameter_count(config: ModelConfig) -> int:
 
 
 def new_parameter_count(config: ModelConfig) -> int:
-    """Parameters that conversion adds to a Transformer's: gates and head norms."""
+    """Parameters that conversion adds to a Transformer's: gates, head norms, routers."""
     return sum(
         math.prod(layout.global_shape)
         for name, layout in parameter_layouts(config).items()
-        if is_new_parameter(name)
+        if is_new_parameter(name) and not layout.is_state
     )
 
 

@@ -59,7 +59,7 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None = None) -> Tensor:
         """Mix `[B, T, D]` within documents."""
         mixing = (self._attend, *self._operands(x, sequence, spikes), sequence)
-        norms, weights = self._head_norms, self.merge if self._merges_heads else None
+        norms, weights = self._head_norms, self._head_weights
         encodes_again = self._mixer_again or (self._norms_again and any(norms))
         with (
             recomputed(*mixing, when=self._mixer_again) as mixed,
@@ -80,8 +80,7 @@ class Mixer(nn.Module):
             out, new = branch.core.extend(own, entered, before)
             mixed.append(out)
             after.append(new)
-        weights = self.merge if self._merges_heads else None
-        encoded = self._encode(tuple(mixed), self._head_norms, weights, spikes)
+        encoded = self._encode(tuple(mixed), self._head_norms, self._head_weights, spikes)
         out = self._join(self._project_back(encoded))
         return out, tuple(after) if len(after) > 1 else after[0]
 
@@ -150,6 +149,11 @@ class Mixer(nn.Module):
     @property
     def _head_norms(self) -> Norms:
         return tuple(branch.core.head_norm for branch in self.branches)
+
+    @property
+    def _head_weights(self) -> BranchWeights | None:
+        """What weighs heads, where branches meet before the output projection."""
+        return self.merge if self._merges_heads else None
 
     @property
     def _sites(self) -> list[str]:

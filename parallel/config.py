@@ -60,7 +60,10 @@ class Recompute(Enum):
 
 
 class RecomputeModule(Enum):
-    """What selective recomputation computes again in the backward pass."""
+    """What selective recomputation computes again in the backward pass.
+
+    Kinds of mixers stand for the layers that have one, whose branches run again together.
+    """
 
     norms = "norms"
     activations = "activations"

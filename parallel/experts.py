@@ -8,6 +8,7 @@ of the group, so that gradients are left to be summed over the ranks that hold t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -59,7 +60,8 @@ class DistantExperts(Experts):
         integers = None if groups.scale is None else Integers.of(x.detach(), groups.scale)
         route, are_exact = find_route(groups, self._group, integers)
         rows = to_experts(x, route, integers if are_exact else None)
-        return from_experts(super().forward(rows, _arrived(groups, route, spikes), spikes), route)
+        arrived, spikes = _arrived(groups, route, spikes)
+        return from_experts(super().forward(rows, arrived, spikes), route)
 
 
 class ExpertParallelLayers(LocalLayers):
@@ -112,10 +114,17 @@ def check_expert_parallel(config: ModelConfig, ep: int) -> None:
     )
 
 
-def _arrived(groups: Groups, route: Route, spikes: Spikes | None) -> Groups:
-    """The rows of this rank's experts."""
+def _arrived(groups: Groups, route: Route, spikes: Spikes | None) -> tuple[Groups, Spikes | None]:
+    """The rows of this rank's experts, and how they spike.
+
+    Statistics are of the rows that their senders would sample if they had all experts.
+    """
     length = None if groups.length is None else groups.length * len(route.sent)
-    is_real = None
-    if groups.is_real is not None and spikes is not None and spikes.recorder is not None:
-        is_real = route.there(groups.is_real.to(torch.int8)).bool()
-    return Groups(route.counts, length=length, is_real=is_real)
+    if spikes is None or spikes.recorder is None:
+        return Groups(route.counts, length=length), spikes
+    is_sampled = torch.zeros(sum(route.sent), dtype=torch.int8, device=route.order.device)
+    rows = torch.arange(sum(route.sent), device=route.order.device)
+    rows = rows if groups.is_real is None else rows[groups.is_real]
+    is_sampled[rows[spikes.recorder.sampled(len(rows))]] = 1
+    arrived = Groups(route.counts, length=length, is_real=route.there(is_sampled).bool())
+    return arrived, replace(spikes, recorder=spikes.recorder.of_all())

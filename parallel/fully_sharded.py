@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -62,7 +63,7 @@ def shard_model(
     options: dict[str, Any] = {
         "mesh": mesh.fsdp_mesh,
         "reshard_after_forward": shard is Shard.parameters or offload,
-        "shard_placement_fn": _cut_over(mesh.fsdp_mesh.size(-1)),
+        "shard_placement_fn": _cut_over(mesh.fsdp_mesh),
     }
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
@@ -141,15 +142,16 @@ def _shard_experts(
 ) -> set[nn.Module]:
     """Make units of a block's experts over the ranks that hold the same ones; returns them."""
     own = mesh.expert_fsdp_mesh
-    options = {**options, "mesh": own, "shard_placement_fn": _cut_over(own.size(-1))}
+    options = {**options, "mesh": own, "shard_placement_fn": _cut_over(own)}
     found = set(_modules_named(block, {EXPERT_MODULE}))
     for experts in found:
         fully_shard(experts, mp_policy=policy, **options)
     return found
 
 
-def _cut_over(num_shards: int) -> Callable[[nn.Parameter], CutAlong | None]:
-    """FSDP2's question of where to cut each parameter."""
+def _cut_over(mesh: DeviceMesh) -> Callable[[nn.Parameter], CutAlong | None]:
+    """FSDP2's question of where to cut each parameter, over the last axis of its mesh."""
+    num_shards = mesh.size(mesh.ndim - 1)
     return lambda parameter: CutAlong(shard_dim(parameter.shape, num_shards))
 
 

@@ -83,6 +83,8 @@ def test_routers_state_is_no_parameter_and_idle_experts_are_not_active() -> None
     whole = cost.parameter_count(config)
     assert whole - cost.parameter_count(tiny_config()) == 2 * (layer - dense)
     assert cost.parameter_count(with_bias) == whole
+    added = cost.new_parameter_count(with_bias) - cost.new_parameter_count(tiny_config())
+    assert added == 2 * 4 * config.hidden_size
     assert cost.active_parameter_count(config) == whole - 2 * 2 * one_expert
     met = cost.matrix_parameter_count(config) - cost.matrix_parameter_count(tiny_config())
     assert met == 2 * (4 * one_expert + 4 * config.hidden_size - dense)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from models.expert_config import Balance, ExpertConfig, RouterScore
+from models.lesson import Goals
+from models.mixer_config import BranchConfig, BranchMerge
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
 from parallel.mesh import init
@@ -33,6 +35,8 @@ PREVIOUS = replace(
     num_shared_experts=0,
 )  # fmt: skip
 BIAS = replace(DROPLESS, balance=Balance.bias, bias_update_rate=0.02, score=RouterScore.sigmoid)
+
+BRANCHES = BranchConfig(merge=BranchMerge.learned)
 
 
 def case(moe: ExpertConfig, *, rows: int = 2, **axes: Any) -> Case:
@@ -74,6 +78,10 @@ TWO = {
     "pp2 interleaved previous": case(PREVIOUS, pp=2, schedule=PipelineSchedule.interleaved),
     "pp2 zero bubble": case(DROPLESS, **ZERO_BUBBLE),
     "pp2 zero bubble capacity selective": case(CAPACITY, **ZERO_BUBBLE, selective=True),
+    "pp2 teacher": case(PREVIOUS, pp=2, teacher=Goals(kl=0.5, hidden=0.25, temperature=2.0)),
+    "tp2 sequence branches": case(
+        CAPACITY, tp=2, sequence_parallel=True, branches=BRANCHES, selective=True
+    ),
     "pp2 ties": case(DROPLESS, pp=2, ties=True),
     "pp2 bias": case(BIAS, pp=2),
     "dp2": case(DROPLESS),
@@ -81,10 +89,18 @@ TWO = {
     "dp2 parameters": case(DROPLESS, shard=Shard.parameters, rows=1),
     "dp2 parameters previous selective": case(PREVIOUS, shard=Shard.parameters, selective=True),
     "dp2 parameters bias": case(BIAS, shard=Shard.parameters),
+    "dp2 parameters capacity": case(CAPACITY, shard=Shard.parameters),
+    "dp2 none": case(DROPLESS, shard=Shard.none, rows=1),
     "dp2 none capacity": case(CAPACITY, shard=Shard.none),
     "dp2 none bias": case(BIAS, shard=Shard.none),
 }
 FOUR = {
+    "tp2 pp2 sequence capacity branches": case(
+        CAPACITY, tp=2, pp=2, sequence_parallel=True, branches=BRANCHES, rows=1
+    ),
+    "pp2 dp2 parameters tied branches": case(
+        DROPLESS, pp=2, shard=Shard.parameters, tied=True, branches=BRANCHES
+    ),
     "tp2 pp2 sequence capacity": case(CAPACITY, tp=2, pp=2, sequence_parallel=True),
     "tp2 dp2 parameters previous": case(PREVIOUS, tp=2, shard=Shard.parameters),
     "pp2 dp2 bias": case(BIAS, pp=2),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.config import ModelConfig
 from models.layouts import parameter_layouts
+from models.mixer_config import SinkConfig
 from models.recomputation import NOTHING
 from parallel.assembly import Blueprint, build_parts, own_parts
 from parallel.axes import axis_sizes, expert_axis_sizes
@@ -20,7 +22,7 @@ from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.mesh import Mesh, Place
 from parallel.pipeline_cut import cut
 from parallel.rank_parameters import RankParameters
-from tests.models.test_cost import SPIKINGBRAIN_7B
+from tests.models.test_cost import SPIKINGBRAIN_7B, SPIKINGBRAIN_76B
 from tests.support.fake_ranks import fake_mesh
 
 NUM_RANKS = 512
@@ -245,3 +247,19 @@ def test_512_ranks_share_out_the_last_stage_of_the_7b() -> None:
             assert (first, tuple(rest), shape[1:]) == (end, offsets[1:], size[1:]), name
             end += shape[0]
         assert end == offsets[0] + size[0], name
+
+
+def test_512_ranks_share_out_the_experts_of_the_76b() -> None:
+    """pp 4 x dp 128, ep 8: two experts a rank, whose channels 16 ranks cut."""
+    parallel = ParallelConfig(pp=4, dp=128, ep=8, shard=Shard.parameters)
+    config = replace(SPIKINGBRAIN_7B, **{**SPIKINGBRAIN_76B, "sinks": SinkConfig()})
+    last = ranks_with((4, 1, 128, 1), pp=3)
+    name, moe = "blocks.27.ffn.experts.up_proj.weight", config.moe
+    channels = config.expert_intermediate_size // 16
+    for rank in {*last[:8], *last[3::8]}:
+        with fake_mesh(parallel, rank=rank, world_size=NUM_RANKS) as mesh:
+            found, _ = boxes_of(config, parallel, mesh)
+        ((offsets, size),) = found[name]
+        dp_rank = last.index(rank)
+        assert size == (moe.num_experts // 8, channels, config.hidden_size)
+        assert offsets == (2 * (dp_rank % 8), dp_rank // 8 * channels, 0)

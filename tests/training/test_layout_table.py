@@ -93,6 +93,13 @@ def test_a_teacher_is_said_to_be_left_out() -> None:
     assert lines_of(config, 1)[-1].startswith("  not counted: training.teacher (runs/teacher), its")
 
 
+def test_experts_are_said_to_be_shared_out() -> None:
+    config = config_with(
+        model={**FOUR_LAYERS, "ffns": "d e d e", "moe": {"num_experts": 8}}, parallel={"ep": 4}
+    )
+    assert lines_of(config, 4)[2] == "experts over ep 4 of dp, 2 a rank"
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
