@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from models.mixer_config import (
 from models.recomputation import Recomputation
 from parallel.boxes import local_of
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
-from parallel.planned import Job
+from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import RankMemory, rank_memory
 from tests.parallel.planned_runs import SPIKING, RealRun, job_of, storage_bytes
 from tests.support.allocations import peak_bytes, resting_bytes
@@ -181,6 +182,25 @@ def test_memory_is_that_of_a_real_run(world_size: int, tmp_path: Path) -> None:
             assert planned.optimizer == measured.optimizer, (rank, parallel)
             error = planned.peak / measured.peak - 1
             assert abs(error) < PEAK_TOLERANCE, (rank, parallel, error)
+
+
+@pytest.mark.parametrize(
+    ("model", "elements"),
+    [
+        ({"ffns": "d*4"}, 128 * 176),
+        ({"ffns": "d*4", "intermediate_size": 16}, 128 * 64),
+        # Twice as many rows as tokens; an expert as wide as the dense layer.
+        ({"ffns": "d e e e", "moe": ExpertConfig(num_experts=4, top_k=2)}, 2 * 128 * 176),
+        ({"ffns": "d e e e", "moe": replace(TIGHT, intermediate_size=80)}, 128 * 176),
+        ({"ffns": "e*4", "moe": replace(TIGHT, num_shared_experts=3)}, 128 * 3 * 88),
+        ({"ffns": "e*4", "moe": replace(TIGHT, capacity_factor=1.5)}, 128 * 3 * 88),
+    ],
+)
+def test_the_largest_neuron_is_that_of_the_widest_site(
+    model: dict[str, Any], elements: int
+) -> None:
+    given = Assignment.of(job_of(model=model, spiking=SPIKING), Layout.of(ParallelConfig(), 1))
+    assert rank_memory(given, 0).neurons == elements * (4 + 4)
 
 
 SIX = ExpertConfig(num_experts=6, intermediate_size=48, top_k=2, balance=Balance.bias)
