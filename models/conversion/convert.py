@@ -27,12 +27,7 @@ from models.conversion.weight_map import (
     mixer_parameter,
     theirs,
 )
-from models.layouts import (
-    is_new_parameter,
-    parameter_layouts,
-    refuse_experts,
-    refuse_unsupported,
-)
+from models.layouts import is_new_parameter, parameter_layouts, refuse_unsupported
 
 
 class OriginKind(Enum):
@@ -87,8 +82,6 @@ def plan_conversion(
     config = read_config(source.config)
     format = read_format(source.config)
     refuse_unsupported(target)
-    if target.layers.ffns != config.layers.ffns:
-        refuse_experts(target, "converted to")
     check_target(config, target)
     check_source(source, config, format)
     planner = _Planner(source, target, options, fitted or {})

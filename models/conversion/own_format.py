@@ -77,10 +77,8 @@ def read_own(raw: Mapping[str, Any]) -> ModelConfig:
         return TypeAdapter(ModelConfig).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise ValueError(
-            f"config.json {name}: {first['msg']}. Synfire would not honour it."
-        ) from error
+        place = ".".join(("config.json", *map(str, first["loc"])))
+        raise ValueError(f"{place}: {first['msg']}. Synfire would not honour it.") from error
 
 
 def read_spikes(raw: Mapping[str, Any]) -> tuple[SpikingConfig, Spikes] | None:

@@ -9,7 +9,7 @@ from models.conversion.config_keys import Format
 from models.conversion.huggingface import TensorSource
 from models.conversion.weight_map import IGNORED_SOURCE, theirs
 from models.layer_pattern import FfnKind, MixerKind, Mixers
-from models.layouts import parameter_layouts
+from models.layouts import parameter_layouts, refuse_experts
 from models.mixer_config import FeatureMap, GateKind
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,13 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
                 f"source: got {_symbol(after)}. Its gates and norms have no place in another mixer."
             )
     _refuse_unconverted(source, target)
-    for index, ffn in enumerate(source.layers.ffns):
-        if target.layers.ffns[index] is not ffn:
+    for index, (old, new) in enumerate(zip(source.layers.ffns, target.layers.ffns, strict=True)):
+        if old is FfnKind.mixture_of_experts and new is not old:
             raise ValueError(
-                f"ffns ({target.ffns}) layer {index} must stay {ffn.value} as in the source."
+                f"ffns ({target.ffns}) layer {index} must stay e as in the source: got {new.value}."
             )
+    if source.layers.ffns != target.layers.ffns:
+        refuse_experts(target, "converted to")
 
 
 def _check_options(source: ModelConfig, target: ModelConfig) -> None:
