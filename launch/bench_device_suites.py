@@ -13,7 +13,6 @@ from launch.bench_rows import Row, Setting, Work, compare, median_seconds
 from launch.bench_suites import mixer_work
 from models.block import Block
 from models.layer_pattern import MixerKind
-from models.linear_attention import GatedLinearAttention
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
 from models.spiking.recorder import SpikeRecorder
@@ -98,7 +97,7 @@ def _block_rows(setting: Setting, kind: MixerKind, length: int, ceiling: float) 
     floor = row_flops(setting.model, length) / ceiling
     name = f"{kind.value} block, {length}"
     yield Row(f"{name} vs matrix ceiling", 1e3 * whole, 1e3 * floor, whole / floor, "ms")
-    kernel = "linear" if isinstance(layer.mixer, GatedLinearAttention) else "window"
+    kernel = "linear" if kind is MixerKind.linear else "window"
     unlimited = setting if kind is not MixerKind.full else _without_window(setting)
     mixer = median_seconds(_backward(layer.mixer, x, sequence), setting)
     attention = median_seconds(mixer_work(kernel, length, unlimited), setting)

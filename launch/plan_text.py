@@ -54,6 +54,8 @@ def describe(planned: PlannedStage) -> str:
     is_copied = layout.dp_replicate > 1 and layout.dp_shard > 1
     dp = f"{layout.dp_replicate} x {layout.dp_shard} shards" if is_copied else f"{layout.dp}"
     words.append(f"dp {dp} ({layout.parallel.shard.value})")
+    if layout.ep > 1:
+        words[-1] += f" with ep {layout.ep}"
     if layout.tp > 1:
         sequence = " + sequence parallel" if layout.parallel.sequence_parallel else ""
         words.append(f"tp {layout.tp}{sequence}")

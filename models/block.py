@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from models.feed_forward import SwiGLU
-from models.layer_pattern import MixerKind, Mixers
+from models.layer_pattern import FfnKind, Mixers
 from models.layers import Parts
-from models.linear_attention import GatedLinearAttention
+from models.mixer import Mixer, MixerState
+from models.mixture_of_experts import MixtureOfExperts
 from models.norm import RMSNorm
 from models.recompute import recomputed
+from models.routing import Routing
 from models.sequence import SequenceContext
-from models.softmax_attention import KeyValueCache, SoftmaxAttention
 from models.spiking.neurons import Spikes
-
-Mixer = SoftmaxAttention | GatedLinearAttention
-MixerState = KeyValueCache | Tensor | None
-"""What a mixer remembers while decoding: a cache (F, S), a matrix state (L), nothing (`_`)."""
 
 
 class Block(nn.Module):
@@ -36,31 +34,51 @@ class Block(nn.Module):
         self.mixer: Mixer | None = None
         if mixers:
             self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.mixer = _build_mixer(parts, mixers[0], layer)
+            self.mixer = Mixer(parts, mixers, layer=layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.ffn = SwiGLU(parts, layer=layer)
+        has_experts = config.layers.ffns[layer] is FfnKind.mixture_of_experts
+        build_ffn = MixtureOfExperts if has_experts else SwiGLU
+        self.ffn: SwiGLU | MixtureOfExperts = build_ffn(parts, layer=layer)
 
-    def forward(self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None = None) -> Tensor:
-        """Map the residual stream `[B, T, D]` to the next."""
+    def forward(
+        self,
+        x: Tensor,
+        sequence: SequenceContext,
+        spikes: Spikes | None = None,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        """Map the residual stream `[B, T, D]` to the next; expert layers train with a `routing`."""
         if self.mixer is not None and self.mixer_norm is not None:
             with recomputed(self.mixer_norm, x, when=self._norms_again) as normed:
                 x = x + self.mixer(normed, sequence, spikes)
         with recomputed(self.ffn_norm, x, when=self._norms_again) as normed:
-            out: Tensor = x + self.ffn(normed, spikes)
+            if isinstance(self.ffn, SwiGLU):
+                out: Tensor = x + self.ffn(normed, spikes)
+            else:
+                out = x + self.ffn(normed, sequence.positions, spikes, routing)
         return out
 
     def extend(
-        self, x: Tensor, state: MixerState, spikes: Spikes | None = None
+        self,
+        x: Tensor,
+        state: MixerState,
+        spikes: Spikes | None = None,
+        *,
+        first_position: int = 0,
     ) -> tuple[Tensor, MixerState]:
         """Map the next `[B, n, D]` given what the mixer remembers (None at the start).
 
-        The given state may be changed in place and must not be used again.
+        The given state may be changed in place and must not be used again. `first_position` is that
+        of the first token in its document.
         """
         if self.mixer is not None and self.mixer_norm is not None:
-            # Each mixer gets back the kind of state that it returned.
-            mixed, state = self.mixer.extend(self.mixer_norm(x), state, spikes)  # type: ignore[arg-type]
+            mixed, state = self.mixer.extend(self.mixer_norm(x), state, spikes)
             x = x + mixed
-        return x + self.ffn(self.ffn_norm(x), spikes), state
+        normed = self.ffn_norm(x)
+        if isinstance(self.ffn, SwiGLU):
+            return x + self.ffn(normed, spikes), state
+        positions = torch.arange(first_position, first_position + x.shape[1], device=x.device)
+        return x + self.ffn(normed, positions[None], spikes), state
 
 
 class Blocks(nn.Module):
@@ -81,9 +99,3 @@ class Blocks(nn.Module):
 
     def __getitem__(self, layer: int) -> Block:
         return self.get_submodule(str(layer))  # type: ignore[return-value]
-
-
-def _build_mixer(parts: Parts, kind: MixerKind, layer: int) -> Mixer:
-    if kind is MixerKind.linear:
-        return GatedLinearAttention(parts, layer=layer)
-    return SoftmaxAttention(parts, kind=kind, layer=layer)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from models.config import ModelConfig
 from models.layer_pattern import MixerKind
 from models.layouts import is_new_parameter, parameter_layouts
+from models.mixer_config import BranchNorm, BranchProjections
 
 LINEAR_CHUNK_TOKENS = 64
 """Chunk length that the FLOPs of linear attention are counted with."""
@@ -34,18 +35,18 @@ def active_parameter_count(config: ModelConfig) -> int:
 
 
 def new_parameter_count(config: ModelConfig) -> int:
-    """Parameters that conversion adds to a Transformer's: gates and head norms."""
+    """Parameters that conversion adds to a Transformer's: gates, head norms, routers."""
     return sum(
         math.prod(layout.global_shape)
         for name, layout in parameter_layouts(config).items()
-        if is_new_parameter(name)
+        if is_new_parameter(name) and not layout.is_state
     )
 
 
 def matrix_parameter_count(config: ModelConfig) -> int:
     """Entries of all matrices that multiply each token: with the head, without the embedding.
 
-    Of routed experts those that a token visits.
+    Of routed experts those that a token visits; one that does so for two branches counts twice.
     """
     return sum(_matrix_parameters_of_layers(config)) + config.vocab_size * config.hidden_size
 
@@ -58,25 +59,37 @@ def _matrix_parameters_of_layers(config: ModelConfig) -> list[int]:
         layer, shape = int(name.split(".")[1]), layout.global_shape
         is_routed = layout.ep_dim is not None
         counts[layer] += config.moe.top_k * math.prod(shape[1:]) if is_routed else math.prod(shape)
+        if _is_met_twice(config, name):
+            counts[layer] += math.prod(shape)
     return counts
+
+
+def _is_met_twice(config: ModelConfig, name: str) -> bool:
+    """Whether two branches go through one output projection one after the other."""
+    are_shared = config.branches.projections is BranchProjections.shared
+    is_parallel = len(config.layers.mixers[int(name.split(".")[1])]) > 1
+    meet_later = config.branches.norm is BranchNorm.after_output
+    return is_parallel and are_shared and meet_later and name.endswith(".mixer.o_proj.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class FlopsPerToken:
     """Training FLOPs a token (forward and backward): embedding, each layer, head with loss.
 
-    A layer's are those of its matrices (`products`) and of its attention (`mixing`).
+    A layer's are those of its matrices (`products`) and of its attention, which runs on kernels of
+    two kinds (`softmax`, `linear`).
     """
 
     embedding: float
     products: tuple[float, ...]
-    mixing: tuple[float, ...]
+    softmax: tuple[float, ...]
+    linear: tuple[float, ...]
     head: float
 
     @property
     def layers(self) -> tuple[float, ...]:
         """Of each layer."""
-        return tuple(a + b for a, b in zip(self.products, self.mixing, strict=True))
+        return tuple(map(sum, zip(self.products, self.softmax, self.linear, strict=True)))
 
     @property
     def total(self) -> float:
@@ -113,15 +126,20 @@ def flops_by_part(
     queries = config.num_attention_heads * config.head_dim
     states = config.num_attention_heads + config.num_key_value_heads
     inside_chunk = 2 * linear_chunk_tokens * queries
-    of_mixer = {
+    of_softmax = {
         MixerKind.full: 4 * mean_visible_full * queries,
         MixerKind.sliding_window: 4 * mean_visible_window * queries,
-        MixerKind.linear: 2 * config.head_dim**2 * states + inside_chunk,
     }
+    of_linear = {MixerKind.linear: 2 * config.head_dim**2 * states + inside_chunk}
+    softmax, linear = (
+        tuple(3.0 * sum(flops.get(kind, 0.0) for kind in each) for each in config.layers.mixers)
+        for flops in (of_softmax, of_linear)
+    )
     return FlopsPerToken(
         embedding=0.0,
         products=tuple(3.0 * 2 * count for count in _matrix_parameters_of_layers(config)),
-        mixing=tuple(3.0 * sum(of_mixer[kind] for kind in each) for each in config.layers.mixers),
+        softmax=softmax,
+        linear=linear,
         head=3.0 * 2 * config.vocab_size * config.hidden_size,
     )
 

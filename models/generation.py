@@ -1,7 +1,7 @@
 """Decoding from explicit mixer states: prefill in chunks, then one token at a time.
 
-`L` keeps a matrix state of constant size, `S` a ring of one window, `F` a cache that grows. Shape
-letters: B batch, T tokens, n new tokens, V vocabulary.
+`L` keeps a matrix state of constant size, `S` a ring of one window, `F` a cache that grows, of
+parallel branches each its own. Shape letters: B batch, T tokens, n new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.block import MixerState
+from models.mixer import BranchState, MixerState
 from models.model import Model
 from models.softmax_attention import KeyValueCache
 from models.spiking.neurons import Spikes
@@ -37,20 +37,32 @@ class DecodeState:
 
     def copy(self) -> DecodeState:
         """An independent state with the same content."""
-        # Matrix states are replaced, never changed in place, and can be shared.
-        mixers = [m.copy() if isinstance(m, KeyValueCache) else m for m in self.mixers]
+        mixers = [_copy(mixer) for mixer in self.mixers]
         return DecodeState(mixers=mixers, next_position=self.next_position)
 
     @property
     def num_bytes(self) -> int:
         """Memory held by all layers."""
-        total = 0
-        for mixer in self.mixers:
-            if isinstance(mixer, KeyValueCache):
-                total += mixer.num_bytes
-            elif mixer is not None:
-                total += mixer.numel() * mixer.element_size()
-        return total
+        return sum(_num_bytes(mixer) for mixer in self.mixers)
+
+
+def _copy(state: MixerState) -> MixerState:
+    if isinstance(state, tuple):
+        return tuple(_copy_of_branch(each) for each in state)
+    return _copy_of_branch(state)
+
+
+def _copy_of_branch(state: BranchState) -> BranchState:
+    # Matrix states are replaced, never changed in place, and can be shared.
+    return state.copy() if isinstance(state, KeyValueCache) else state
+
+
+def _num_bytes(state: MixerState) -> int:
+    if isinstance(state, tuple):
+        return sum(_num_bytes(each) for each in state)
+    if isinstance(state, KeyValueCache):
+        return state.num_bytes
+    return 0 if state is None else state.numel() * state.element_size()
 
 
 @torch.no_grad()
@@ -63,7 +75,7 @@ def extend(
     x = model.embedding(tokens)
     mixers: list[MixerState] = []
     for block, mixer in zip(model.blocks, state.mixers, strict=True):
-        x, mixer = block.extend(x, mixer, spikes)
+        x, mixer = block.extend(x, mixer, spikes, first_position=state.next_position)
         mixers.append(mixer)
     position = state.next_position + tokens.shape[1]
     return model.final_norm(x), DecodeState(mixers=mixers, next_position=position)

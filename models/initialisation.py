@@ -36,14 +36,17 @@ def initialise(model: Model, *, seed: int) -> None:
 def tensor_for(name: str, layout: ParamLayout, config: ModelConfig, seed: int) -> Tensor:
     """The initial global tensor of one parameter, float32 on the CPU.
 
-    Norms are 1. Biases and the gate's second matrix are 0, so that every decay starts at
-    exp(log(1/2) / gate_logit_normalizer), a half-life of as many tokens. All else is normal with
-    standard deviation `initializer_range`.
+    Norms and the weights of branches are 1. Biases and the gate's second matrix are 0, so that
+    every decay starts at exp(log(1/2) / gate_logit_normalizer), a half-life of as many tokens. The
+    load that a router remembers starts even. All else is normal with standard deviation
+    `initializer_range`.
     """
     shape = layout.global_shape
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", ".merge.weight")):
         return torch.ones(shape, dtype=torch.float32)
-    if name.endswith(".bias") or name.endswith(".gate_up.weight"):
+    if name.endswith(".previous_load"):
+        return torch.full(shape, 1.0 / shape[0], dtype=torch.float32)
+    if name.endswith((".bias", ".gate_up.weight", ".selection_bias")):
         return torch.zeros(shape, dtype=torch.float32)
     generator = torch.Generator(device="cpu").manual_seed(_seed_of(name, seed))
     return torch.empty(shape, dtype=torch.float32).normal_(

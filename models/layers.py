@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.distillation import chunked_kl
+from models.experts import Experts
 from models.kernels import KernelSet
 from models.lesson import Lesson
 from models.loss import chunked_cross_entropy, chunked_token_losses, logits_of
@@ -174,11 +175,30 @@ class LayerProvider(Protocol):
     def head(self, hidden_size: int, vocab_size: int, *, is_tied: bool) -> nn.Module:
         """The output projection and loss, called as `Head.forward`."""
 
+    def experts(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        inner_size: int,
+        *,
+        neuron: nn.Module | None,
+        layer: int,
+        activations_again: bool,
+    ) -> nn.Module:
+        """The routed experts of a layer, called as `Experts.forward` on rows of all tokens.
+
+        Both inner channels and experts may be shared out over ranks. `neuron` sees `cut_channels`;
+        `leave` makes their sums whole.
+        """
+
     def enter(self, x: Tensor) -> Tensor:
-        """From the residual stream to what column linears read: all tokens `[B, T, D]`.
+        """From the residual stream to what column linears read: all tokens `[B, T, ...]`.
 
         Row linears lead back. Gradients are summed over the ranks that the linears are cut over.
         """
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Back to the residual stream, from sums `[B, T, D]` over this rank's channels alone."""
 
     @property
     def whole_channels(self) -> Channels:
@@ -212,10 +232,34 @@ class LocalLayers:
         """A whole head."""
         return Head(hidden_size, vocab_size, is_tied=is_tied)
 
+    def experts(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        inner_size: int,
+        *,
+        neuron: nn.Module | None,
+        layer: int,
+        activations_again: bool,
+    ) -> nn.Module:
+        """All experts, whole."""
+        return Experts(
+            num_experts,
+            hidden_size,
+            inner_size,
+            neuron=neuron,
+            layer=layer,
+            activations_again=activations_again,
+        )
+
     whole_channels = WHOLE_CHANNELS
     cut_channels = WHOLE_CHANNELS
 
     def enter(self, x: Tensor) -> Tensor:
+        """The residual stream itself."""
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
         """The residual stream itself."""
         return x
 

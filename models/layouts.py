@@ -14,7 +14,7 @@ from models.config import ModelConfig
 from models.expert_config import Balance
 from models.layer_pattern import FfnKind, MixerKind, Mixers
 from models.layers import ParamLayout
-from models.mixer_config import BranchMerge, BranchNorm, BranchProjections, FeatureMap, GateKind
+from models.mixer_config import BranchMerge, BranchNorm, BranchProjections, GateKind
 
 
 def parameter_layouts(
@@ -59,28 +59,23 @@ def refuse_unsupported(config: ModelConfig) -> None:
     Raises:
         ValueError: naming the field and the symbol.
     """
-    for mixers in config.layers.mixers:
-        if len(mixers) > 1:
-            symbol = "+".join(kind.value for kind in mixers)
-            raise ValueError(
-                f"mixers ({config.mixers}) must have one mixer a layer: got {symbol}, and parallel "
-                "branches are not in this release. Use F, S, L or _."
-            )
-    if FfnKind.mixture_of_experts in config.layers.ffns:
-        raise ValueError(
-            f"ffns ({config.ffns}) must be all d: got e, and mixture of experts is not in this "
-            "release. Use d."
-        )
-    for name, default in (("gate", GateKind.low_rank), ("feature_map", FeatureMap.relu)):
-        value = getattr(config.linear, name)
-        if value is not default:
-            raise ValueError(
-                f"linear.{name} ({value.value}) must be {default.value}: it is not in this release."
-            )
     if config.uses_sinks:
         raise ValueError(
             f"sinks.num_tokens ({config.sinks.num_tokens}) must be 0: sink tokens are not in this "
             "release."
+        )
+
+
+def refuse_experts(config: ModelConfig, action: str) -> None:
+    """Refuse expert layers where only training knows them; `action` is what cannot be done.
+
+    Raises:
+        ValueError: naming the pattern.
+    """
+    if FfnKind.mixture_of_experts in config.layers.ffns:
+        raise ValueError(
+            f"ffns ({config.ffns}) must be all d to be {action}: got e, which is not in this "
+            "release. Use d."
         )
 
 

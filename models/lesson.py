@@ -1,19 +1,18 @@
 """What a frozen teacher showed for one microbatch, and how a student's loss uses it.
 
-What is learned enters the gradient where it arises, through an identity whose backward hands a
-fixed scale to it: a pipeline stage in the middle never sees the loss, and the loss that is reported
-stays the cross entropy. Knows no ranks; `parallel.teacher` runs the teacher.
+What is learned enters the gradient where it arises (`models.attached_loss`), and the loss that is
+reported stays the cross entropy. Knows no ranks; `parallel.teacher` runs the teacher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.attached_loss import attach
 from models.distillation import hidden_mse
 from models.spiking.channels import TokenShare
 
@@ -67,28 +66,9 @@ class Lesson:
         labels = self._labels.narrow(1, self._share.index * count, count)
         difference = hidden_mse(stream, self._streams[layer], labels)
         self.hidden_sum += difference.detach()
-        return self._attach(stream, difference, self.goals.hidden)
+        return attach(stream, difference, self.goals.hidden * self._scale)
 
     def diverge(self, loss: Tensor, divergence: Tensor) -> Tensor:
         """The student's summed loss, now with the gradient of its divergence from the teacher."""
         self.kl_sum += divergence.detach()
-        return self._attach(loss, divergence, self.goals.kl)
-
-    def _attach(self, value: Tensor, loss: Tensor, weight: float) -> Tensor:
-        out: Tensor = _Attach.apply(value, loss, weight * self._scale)  # type: ignore[no-untyped-call]
-        return out
-
-
-class _Attach(torch.autograd.Function):
-    """The value itself; its backward gives `scale` to a loss that nobody adds up."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, loss: Tensor, scale: float) -> Tensor:
-        ctx.scale, ctx.dtype = scale, loss.dtype
-        # FSDP warns of a root module that returns a view, as it does for the loss.
-        return value.view_as(value) if value.dim() else value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad,) = grads
-        return grad, torch.full((), ctx.scale, dtype=ctx.dtype, device=grad.device), None
+        return attach(loss, divergence, self.goals.kl * self._scale)

@@ -1,103 +1,113 @@
-"""The gated linear mixer (`L`): ReLU feature map, low-rank gate, head norm, constant-size state.
+"""The core of the gated linear mixer (`L`): feature map, gate, kernel, constant-size state.
 
-SpikingBrain report, equations 10-11 and section 3.1. No rotary positions: decays carry position.
+SpikingBrain report, equations 10-11 and sections 2.2 and 3.1. No rotary positions: decays carry
+position. They come from low-rank matrices of their own, or with a key-tied gate from the keys.
 Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H head dim.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import Parts
+from models.mixer_config import FeatureMap, GateKind
+from models.mixer_core import MixerCore, Operands
 from models.norm import RMSNorm
-from models.projections import HeadNorms, HeadProjections, Heads
+from models.projections import Heads, as_heads
 from models.recompute import recomputed
 from models.sequence import SequenceContext
-from models.spiking.neurons import Spikes
 
-_Operands = tuple[Heads, Tensor, HeadNorms, nn.Module]
-"""Heads, low-rank gate `[B, T, rank]`, norms of queries and keys, the gate's second half."""
+_FEATURE_MAPS = {FeatureMap.relu: torch.relu, FeatureMap.sigmoid: torch.sigmoid}
 
 
-class GatedLinearAttention(HeadProjections):
+class GatedLinearAttention(MixerCore):
     """Linear attention with one decay per key channel of each key-value head."""
 
     def __init__(self, parts: Parts, *, layer: int) -> None:
-        super().__init__(parts, layer=layer)
-        config, gate = parts.config, parts.config.linear
-        keys = config.num_key_value_heads * config.head_dim
-        rank = gate.gate_low_rank_dim
-        self.gate_logit_normalizer = gate.gate_logit_normalizer
-        self.gate_down = parts.layers.replicated_linear(config.hidden_size, rank, bias=False)
-        self.gate_up = parts.layers.column_linear(rank, keys, bias=True)
-        self.head_norm = RMSNorm(config.head_dim, gate.norm_eps)
+        super().__init__()
+        config, linear = parts.config, parts.config.linear
+        self.config = linear
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.gate_down: nn.Module | None = None
+        self.gate_up: nn.Module | None = None
+        if linear.gate is GateKind.low_rank:
+            rank, keys = linear.gate_low_rank_dim, config.num_key_value_heads * config.head_dim
+            self.gate_down = parts.layers.replicated_linear(config.hidden_size, rank, bias=False)
+            self.gate_up = parts.layers.column_linear(rank, keys, bias=True)
+        self.head_norm = RMSNorm(config.head_dim, linear.norm_eps)
         self._kernel = parts.kernels.linear_attention
+        self._norms_again = layer in parts.recompute.norms
 
-    def forward(self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None = None) -> Tensor:
-        """Mix `[B, T, D]` within documents."""
-        mixer_again, operands = self._mixer_again, self._operands(x, spikes)
-        again = mixer_again or self._norms_again
-        with (
-            recomputed(self._attend, *operands, sequence, when=mixer_again) as mixed,
-            recomputed(self._encode, mixed, self.head_norm, spikes, when=again) as encoded,
-        ):
-            out: Tensor = self.o_proj(encoded)
-        return out
+    def operands(self, entered: Tensor, sequence: SequenceContext) -> Operands:
+        """The low-rank gate and the module that goes on with it; nothing for a key-tied gate."""
+        return self._gate(entered)
 
-    def attend(self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None = None) -> Tensor:
-        """Head outputs `[B, T, N, H]` before the head norm."""
-        return self._attend(*self._operands(x, spikes), sequence)
+    def attend(self, heads: Heads, operands: Operands, sequence: SequenceContext) -> Tensor:
+        """Head outputs `[B, T, N, H]` before `head_norm`."""
+        inputs = self._kernel_inputs(heads, operands)
+        return self._kernel(*inputs, scale=self.scale, sequence=sequence)[0]
 
-    def extend(
-        self, x: Tensor, state: Tensor | None, spikes: Spikes | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Mix the next `[B, n, D]`; the state is `[B, G, H, H]` (key, value), at least float32."""
-        heads, new_state = self._kernel(
-            *self._kernel_inputs(*self._operands(x, spikes)),
+    def extend(self, heads: Heads, entered: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `attend`; the state is `[B, G, H, H]` (key, value), at least float32."""
+        mixed, new_state = self._kernel(
+            *self._kernel_inputs(heads, self._gate(entered)),
             scale=self.scale,
             sequence=None,
             initial_state=state,
             output_final_state=True,
         )
         assert new_state is not None
-        return self.combine(self.head_norm(heads), spikes), new_state
+        return mixed, new_state
 
-    def log_decay(self, x: Tensor) -> Tensor:
+    def log_decay(self, heads: Heads, entered: Tensor) -> Tensor:
         """Natural log of the decays `[B, T, G, H]`, at most 0, in at least float32."""
-        return self._log_decay(self.gate_down(_widened(x)), self.gate_up)
+        return self._kernel_inputs(heads, self._gate(entered))[3]
 
-    def _operands(self, x: Tensor, spikes: Spikes | None) -> _Operands:
-        """Projections of x, and the modules that go on with them."""
-        again = self._norms_again
-        with recomputed(self.enter, x, spikes, when=again) as entered:
-            heads = self.heads(entered)
-            with recomputed(_widened, entered, when=again) as wide:
-                return heads, self.gate_down(wide), self.head_norms, self.gate_up
-
-    def _attend(
-        self,
-        heads: Heads,
-        low_rank: Tensor,
-        norms: HeadNorms,
-        gate_up: nn.Module,
-        sequence: SequenceContext,
-    ) -> Tensor:
-        inputs = self._kernel_inputs(heads, low_rank, norms, gate_up)
-        return self._kernel(*inputs, scale=self.scale, sequence=sequence)[0]
+    def _gate(self, entered: Tensor) -> Operands:
+        if self.gate_down is None:
+            return ()
+        with recomputed(_widened, entered, when=self._norms_again) as wide:
+            return self.gate_down(wide), self.gate_up
 
     def _kernel_inputs(
-        self, heads: Heads, low_rank: Tensor, norms: HeadNorms, gate_up: nn.Module
+        self, heads: Heads, operands: Operands
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v = self.norm_heads(heads, norms)
-        return torch.relu(q), torch.relu(k), v, self._log_decay(low_rank, gate_up)
+        q, k, v = heads
+        feature_map = _FEATURE_MAPS[self.config.feature_map]
+        if not operands:
+            k, log_decay = key_tied_gate(
+                k, offset=self.config.gate_offset, floor=self.config.gate_floor
+            )
+            return feature_map(q), k, v, log_decay
+        low_rank, gate_up = operands
+        log_gate = F.logsigmoid(gate_up(low_rank)) / self.config.gate_logit_normalizer
+        return feature_map(q), feature_map(k), v, as_heads(log_gate, self.head_dim)
 
-    def _log_decay(self, low_rank: Tensor, gate_up: nn.Module) -> Tensor:
-        return self._heads(F.logsigmoid(gate_up(low_rank)) / self.gate_logit_normalizer)
 
-    def _encode(self, mixed: Tensor, head_norm: nn.Module, spikes: Spikes | None) -> Tensor:
-        return self.encode_heads(head_norm(mixed), spikes)
+def key_tied_gate(keys: Tensor, *, offset: float, floor: float) -> tuple[Tensor, Tensor]:
+    """Keys between 0 and 1, and the log of the decay that is 1 minus the key.
+
+    Of u, the projected keys less the offset, in at least float32, and the floor lb: the key is `(1
+    - lb) sigmoid(u)`, the decay `lb + (1 - lb) sigmoid(-u)`. Its logarithm comes from u, not from
+    the key, which rounds to 1 where the decay is still far from 0.
+
+    Returns:
+        Keys in their dtype, log decays in at least float32.
+    """
+    u = _widened(keys)
+    u = u - offset if offset else u
+    log_decay = F.logsigmoid(-u)
+    key = torch.sigmoid(u)
+    if floor:
+        key = (1 - floor) * key
+        log_floor = log_decay.new_full((), math.log(floor))
+        log_decay = torch.logaddexp(log_decay + math.log1p(-floor), log_floor)
+    return key.to(keys.dtype), log_decay
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ fills them. Shape letters: B batch, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from models.norm import RMSNorm
 from models.part import ModelPart
 from models.recomputation import NOTHING, Recomputation
 from models.rotary import Rotary
+from models.routing import Routing
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes, build_neuron
 
@@ -97,17 +98,21 @@ class Model(nn.Module):
         *,
         labels: Tensor | None = None,
         spikes: Spikes | None = None,
+        routing: Routing | None = None,
         lesson: Lesson | None = None,
     ) -> Tensor:
         """Logits `[B, T, V]` of tokens `[B, T]`, or the summed loss of labels `[B, T]`.
 
         Labels are the next tokens, -100 where nothing is predicted. Results are at least float32.
-        A `lesson` adds what is learned from a teacher to the loss.
+        A `lesson` adds what is learned from a teacher to the loss. Expert layers train with a
+        `routing`; their own losses are in the gradient alone.
         A part without the embedding takes the residual stream instead of tokens, and one without
         the head returns it.
         """
         observe = None if lesson is None else lesson.compare
-        hidden = self.hidden_states(tokens, sequence, spikes=spikes, observe=observe)
+        hidden = self.hidden_states(
+            tokens, sequence, spikes=spikes, routing=routing, observe=observe
+        )
         if self.head is None:
             return hidden
         return self.apply_head(hidden, labels=labels, lesson=lesson)
@@ -118,6 +123,7 @@ class Model(nn.Module):
         sequence: SequenceContext,
         *,
         spikes: Spikes | None = None,
+        routing: Routing | None = None,
         observe: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The residual stream `[B, T, D]` after the last layer, final-normed before a head.
@@ -132,12 +138,13 @@ class Model(nn.Module):
                     x,
                     sequence,
                     spikes,
+                    routing,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=lambda: (nullcontext(), _without_records(spikes)),
+                    context_fn=lambda: (nullcontext(), _without_records(spikes, routing)),
                 )
             else:
-                x = block(x, sequence, spikes)
+                x = block(x, sequence, spikes, routing)
             if observe is not None:
                 x = observe(block.layer, x)
         return x if self.final_norm is None else self.final_norm(x)
@@ -195,8 +202,11 @@ class Model(nn.Module):
         return parameter_layouts(self.config)
 
 
-def _without_records(spikes: Spikes | None) -> AbstractContextManager[None]:
-    """Keep a recomputed forward pass out of the spike statistics."""
-    if spikes is None or spikes.recorder is None:
-        return nullcontext()
-    return spikes.recorder.paused()
+@contextmanager
+def _without_records(spikes: Spikes | None, routing: Routing | None) -> Iterator[None]:
+    """Keep a recomputed forward pass out of all statistics."""
+    with ExitStack() as stack:
+        for source in (spikes, routing):
+            if source is not None and source.recorder is not None:
+                stack.enter_context(source.recorder.paused())
+        yield

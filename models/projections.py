@@ -1,4 +1,4 @@
-"""The q, k, v and output projections around any mixer, with their spiking encodings.
+"""The q, k, v and output projections around the core of any mixer.
 
 What the softmax and the linear mixer share, so that conversion can reuse the weights as they are.
 Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H head dim.
@@ -19,14 +19,12 @@ HeadNorms = tuple[RMSNorm | None, RMSNorm | None]
 
 
 class HeadProjections(nn.Module):
-    """Projects to heads and back; `layer` is the block's index, for spike statistics."""
+    """Projects to heads and back."""
 
-    def __init__(self, parts: Parts, *, layer: int) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
         config, layers = parts.config, parts.layers
         self.head_dim = config.head_dim
-        self.scale = config.head_dim**-0.5
-        self.layer = layer
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         hidden = config.hidden_size
@@ -37,23 +35,16 @@ class HeadProjections(nn.Module):
         has_norm = config.qk_norm
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_norm else None
-        self.in_neuron = parts.build_neuron(layers.whole_channels)
         self.out_neuron = parts.build_neuron(layers.cut_channels)
-        self._enter = layers.enter
-        self._norms_again = layer in parts.recompute.norms
-        self._mixer_again = layer in parts.recompute.mixers
 
-    def enter(self, x: Tensor, spikes: Spikes | None) -> Tensor:
-        """Spiked x of the residual stream, as the projections of this rank's heads need it."""
-        return self._enter(encode(self.in_neuron, x, spikes, f"{self.layer}/mixer_in"))
+    def project(self, entered: Tensor) -> Heads:
+        """Heads of entered `[B, T, D]`, queries and keys normed where the model does so."""
+        return self.norm_heads(self.heads(entered), self.head_norms)
 
-    def project(self, x: Tensor) -> Heads:
-        """Heads of entered x `[B, T, D]`, queries and keys normed where the model does so."""
-        return self.norm_heads(self.heads(x), self.head_norms)
-
-    def heads(self, x: Tensor) -> Heads:
+    def heads(self, entered: Tensor) -> Heads:
         """The same before the norms."""
-        return self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        q, k, v = self.q_proj(entered), self.k_proj(entered), self.v_proj(entered)
+        return as_heads(q, self.head_dim), as_heads(k, self.head_dim), as_heads(v, self.head_dim)
 
     @property
     def head_norms(self) -> HeadNorms:
@@ -68,14 +59,11 @@ class HeadProjections(nn.Module):
             q, k = q_norm(q), k_norm(k)
         return q, k, v
 
-    def combine(self, heads: Tensor, spikes: Spikes | None) -> Tensor:
-        """Project head outputs `[B, T, N, H]` back to `[B, T, D]`."""
-        out: Tensor = self.o_proj(self.encode_heads(heads, spikes))
-        return out
-
-    def encode_heads(self, heads: Tensor, spikes: Spikes | None) -> Tensor:
+    def encode_heads(self, heads: Tensor, spikes: Spikes | None, site: str) -> Tensor:
         """Head outputs `[B, T, N, H]` as the output projection reads them `[B, T, N * H]`."""
-        return encode(self.out_neuron, heads.flatten(2), spikes, f"{self.layer}/mixer_out")
+        return encode(self.out_neuron, heads.flatten(2), spikes, site)
 
-    def _heads(self, flat: Tensor) -> Tensor:
-        return flat.view(*flat.shape[:-1], -1, self.head_dim)
+
+def as_heads(flat: Tensor, head_dim: int) -> Tensor:
+    """Channels `[B, T, heads * H]` as `[B, T, heads, H]`."""
+    return flat.view(*flat.shape[:-1], -1, head_dim)

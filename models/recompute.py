@@ -12,27 +12,31 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from models.routing import Routing
 from models.spiking.neurons import Spikes
+
+Output = TypeVar("Output", Tensor, tuple[Tensor, ...])
 
 
 @contextmanager
 def recomputed(
-    function: Callable[..., Tensor], *arguments: Any, when: bool = True
-) -> Iterator[Tensor]:
+    function: Callable[..., Output], *arguments: Any, when: bool = True
+) -> Iterator[Output]:
     """The output of `function(*arguments)`, of which no operation inside the block keeps anything.
 
     Neither do the operations of `function`. What any of them would have kept is computed again when
     the backward pass asks, once for all of them, by another call with the same arguments: tensors,
     also in tuples, are kept; a module (`function` or an argument) is called through its `forward`,
-    without the hooks that ran the first time; `Spikes` come without their recorder. Blocks nest: an
-    argument that is the output of an outer one is not kept either. Only the innermost block watches
-    what is kept, so an outer output has no other reader than such an argument there.
+    without the hooks that ran the first time; `Spikes` and `Routing` come without their recorder.
+    The output may be a tuple of tensors. Blocks nest: an argument that is the output of an outer
+    one is not kept either. Only the innermost block watches what is kept, so an outer output has no
+    other reader than such an argument there.
 
     Args:
         function: deterministic, reads nothing that changes before the backward pass.
@@ -49,22 +53,28 @@ def recomputed(
         output = function(*arguments)
     del arguments
     # A storage's address names it as long as it lives, and this frame holds the output.
-    address = output.untyped_storage().data_ptr()
-    with saved_tensors_hooks(lambda x: call.keep_output(x, address), _value):
+    addresses = [x.untyped_storage().data_ptr() for x in _all_of(output)]
+    with saved_tensors_hooks(lambda x: call.keep_output(x, addresses), _value):
         yield output
 
 
-_Geometry = tuple[Sequence[int], Sequence[int], int]
-"""Size, stride and offset of a view."""
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A view of one of the outputs."""
+
+    output: int
+    size: Sequence[int]
+    stride: Sequence[int]
+    offset: int
 
 
 class _Note:
     """Stands for a tensor that some operation wanted to keep; holds it for a moment only."""
 
-    __slots__ = ("__weakref__", "call", "geometry", "tensor")
+    __slots__ = ("__weakref__", "call", "tensor", "view")
 
-    def __init__(self, call: _Call, geometry: _Geometry | None = None) -> None:
-        self.call, self.geometry = call, geometry
+    def __init__(self, call: _Call, view: _View | None = None) -> None:
+        self.call, self.view = call, view
         self.tensor: Tensor | None = None
 
     def value(self) -> Tensor:
@@ -82,7 +92,7 @@ class _Call:
     Notes know their call. It must not keep notes alive, whose operations may be gone.
     """
 
-    def __init__(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> None:
+    def __init__(self, function: Callable[..., Output], arguments: tuple[Any, ...]) -> None:
         tensors: list[Tensor] = []
 
         def for_later(argument: Any) -> Any:
@@ -104,11 +114,13 @@ class _Call:
         self._inner.append(weakref.ref(note))
         return note
 
-    def keep_output(self, x: Tensor, address: int) -> _Note | Tensor:
-        """What a later operation keeps: a note if it is the output or a view of it."""
-        if address == 0 or x.untyped_storage().data_ptr() != address:
+    def keep_output(self, x: Tensor, addresses: Sequence[int]) -> _Note | Tensor:
+        """What a later operation keeps: a note if it is an output or a view of one."""
+        address = x.untyped_storage().data_ptr()
+        if address == 0 or address not in addresses:
             return x
-        note = _Note(self, (x.shape, x.stride(), int(x.storage_offset())))
+        output = addresses.index(address)
+        note = _Note(self, _View(output, x.shape, x.stride(), int(x.storage_offset())))
         self._views.append(weakref.ref(note))
         return note
 
@@ -117,14 +129,15 @@ class _Call:
         arguments = self._arguments_again()
         inner: list[Tensor] = []
         with torch.enable_grad(), saved_tensors_hooks(lambda x: inner.append(x.detach()), _value):
-            output = self._function(*arguments).detach()
+            outputs = [x.detach() for x in _all_of(self._function(*arguments))]
         assert len(inner) == len(self._inner), "the second call must do what the first one did"
         for reference, tensor in zip(self._inner, inner, strict=True):
             if (note := reference()) is not None:
                 note.tensor = tensor
         for reference in self._views:
-            if (note := reference()) is not None and note.geometry is not None:
-                note.tensor = output.as_strided(*note.geometry)
+            if (note := reference()) is not None and (view := note.view) is not None:
+                output = outputs[view.output]
+                note.tensor = output.as_strided(view.size, view.stride, view.offset)
 
     def _arguments_again(self) -> tuple[Any, ...]:
         tensors = self._tensors.grad_fn.saved_tensors  # type: ignore[union-attr]
@@ -159,6 +172,10 @@ class _Keep(torch.autograd.Function):
         raise AssertionError("nothing is computed from the anchor")
 
 
+def _all_of(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
     """Apply to everything in nested tuples."""
     if isinstance(value, tuple):
@@ -167,10 +184,10 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _second_time(value: Any) -> Any:
-    """A module without its hooks, spikes without their recorder, anything else as it is."""
+    """A module without its hooks, what records without its recorder, anything else as it is."""
     if isinstance(value, nn.Module):
         return value.forward
-    if isinstance(value, Spikes):
+    if isinstance(value, Spikes | Routing):
         return replace(value, recorder=None)
     return value
 

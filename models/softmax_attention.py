@@ -1,4 +1,4 @@
-"""The full (`F`) and sliding-window (`S`) softmax mixers, with their decoding caches.
+"""The core of the full (`F`) and sliding-window (`S`) softmax mixers, with its decoding caches.
 
 Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H head dim.
 """
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from models.layer_pattern import MixerKind
 from models.layers import Parts
-from models.projections import HeadNorms, HeadProjections, Heads
-from models.recompute import recomputed
-from models.rotary import Rotation, rotate
+from models.mixer_core import MixerCore, Operands
+from models.norm import RMSNorm
+from models.projections import Heads
+from models.rotary import rotate
 from models.sequence import SequenceContext
-from models.spiking.neurons import Spikes
 
 
 class KeyValueCache:
@@ -107,41 +107,25 @@ class KeyValueCache:
         return self.keys.index_select(1, slots), self.values.index_select(1, slots)
 
 
-class SoftmaxAttention(HeadProjections):
+class SoftmaxAttention(MixerCore):
     """Causal softmax attention with rotary positions, grouped queries and an optional window."""
 
-    def __init__(self, parts: Parts, *, kind: MixerKind, layer: int) -> None:
-        super().__init__(parts, layer=layer)
-        is_windowed = kind is MixerKind.sliding_window
-        self.window_tokens = parts.config.visible_window_tokens if is_windowed else None
+    def __init__(self, parts: Parts, *, kind: MixerKind, has_head_norm: bool) -> None:
+        super().__init__()
+        config, is_windowed = parts.config, kind is MixerKind.sliding_window
+        self.window_tokens = config.visible_window_tokens if is_windowed else None
+        self.scale = config.head_dim**-0.5
+        self.head_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_head_norm else None
         self._kernel = parts.kernels.softmax_attention
         self._rotary = parts.rotary
 
-    def forward(self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None = None) -> Tensor:
-        """Mix `[B, T, D]` within documents."""
-        again, operands = self._mixer_again, self._operands(x, sequence, spikes)
-        with (
-            recomputed(self._attend, *operands, sequence, when=again) as mixed,
-            recomputed(self.encode_heads, mixed, spikes, when=again) as encoded,
-        ):
-            out: Tensor = self.o_proj(encoded)
-        return out
+    def operands(self, entered: Tensor, sequence: SequenceContext) -> Operands:
+        """The rotation of every position."""
+        return (self._rotary.for_sequence(sequence, entered.dtype),)
 
-    def attend(self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None = None) -> Tensor:
-        """Head outputs `[B, T, N, H]` before the output projection."""
-        return self._attend(*self._operands(x, sequence, spikes), sequence)
-
-    def _operands(
-        self, x: Tensor, sequence: SequenceContext, spikes: Spikes | None
-    ) -> tuple[Heads, HeadNorms, Rotation]:
-        with recomputed(self.enter, x, spikes, when=self._norms_again) as entered:
-            heads = self.heads(entered)
-        return heads, self.head_norms, self._rotary.for_sequence(sequence, x.dtype)
-
-    def _attend(
-        self, heads: Heads, norms: HeadNorms, rotation: Rotation, sequence: SequenceContext
-    ) -> Tensor:
-        q, k, v = self.norm_heads(heads, norms)
+    def attend(self, heads: Heads, operands: Operands, sequence: SequenceContext) -> Tensor:
+        """Head outputs `[B, T, N, H]`."""
+        (q, k, v), (rotation,) = heads, operands
         return self._kernel(
             rotate(q, rotation),
             rotate(k, rotation),
@@ -152,16 +136,17 @@ class SoftmaxAttention(HeadProjections):
         )
 
     def extend(
-        self, x: Tensor, state: KeyValueCache | None, spikes: Spikes | None = None
+        self, heads: Heads, entered: Tensor, state: KeyValueCache | None
     ) -> tuple[Tensor, KeyValueCache]:
-        """Mix the next `[B, n, D]` after what `state` holds; changes `state` in place."""
+        """As `attend`, after what `state` holds; changes `state` in place."""
         cache = KeyValueCache(self.window_tokens) if state is None else state
-        q, k, v = self.project(self.enter(x, spikes))
-        rotation = self._rotary.for_range(cache.num_seen, x.shape[1], x.device, x.dtype)
+        q, k, v = heads
+        num_tokens = q.shape[1]
+        rotation = self._rotary.for_range(cache.num_seen, num_tokens, q.device, q.dtype)
         keys, values = cache.append(rotate(k, rotation), v)
         # A single query sees everything its cache returns; the slots of a ring are not in order.
-        window = None if x.shape[1] == 1 else self.window_tokens
-        heads = self._kernel(
+        window = None if num_tokens == 1 else self.window_tokens
+        mixed = self._kernel(
             rotate(q, rotation), keys, values, scale=self.scale, window=window, sequence=None
         )
-        return self.combine(heads, spikes), cache
+        return mixed, cache

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from models.config import ThresholdGrad
-from models.layer_pattern import MixerKind
+from models.layer_pattern import FfnKind
+from models.mixer_memory import has_head_norm, num_output_projections
 from parallel.config import Shard
+from parallel.expert_bytes import Messages
 from parallel.memory_replay import StageBytes
 from parallel.pipeline_cut import StageCut
 from parallel.planned import Assignment
@@ -29,6 +31,7 @@ class Kind(Enum):
     reduce_scatter = "reduce-scatter"
     all_reduce = "all-reduce"
     send = "send"
+    all_to_all = "all-to-all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ def step_traffic(given: Assignment, pp_rank: int) -> list[Traffic]:
     for stage, sizes in stages:
         if given.layout.tp > 1:
             found += _tensor_parallel(given, stage)
+        if given.layout.ep > 1:
+            found += _expert_parallel(given, stage)
         found += _data_parallel(given, sizes, given.orders[pp_rank])
         found += _pipeline(given, stage)
     cuts = [stage for stage, _ in stages]
@@ -80,17 +85,21 @@ def _tensor_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
     """Borders of regions (`parallel.regions`), thresholds over cut channels, losses."""
     job, work, count = given.job, given.work, given.num_microbatches
     whole = work.tokens * job.model.hidden_size * job.narrow
-    regions = entered_again = left_again = encoded_again = 0
+    entered = entered_again = projected = left_again = encoded_again = 0
     for layer in range(stage.first_layer, stage.end_layer):
         mixers, again = job.model.layers.mixers[layer], job.again(layer)
-        regions += 1 + len(mixers)
-        entered_again += (1 + len(mixers)) * (again.block or again.norms)
+        outputs = num_output_projections(job.model, mixers)
+        regions = 1 + (outputs > 0)
+        entered += regions
+        entered_again += regions * (again.block or again.norms)
+        # One projection out of the feed-forward layer, and those of the mixer.
+        projected += 1 + outputs
         # A block that runs again stops at its last operation that keeps something.
-        left_again += len(mixers) * again.block
-        is_mixed_again = again.mixer or (MixerKind.linear in mixers and again.norms)
+        left_again += outputs * again.block
+        is_mixed_again = again.mixer or (has_head_norm(job.model, mixers) and again.norms)
         encoded_again += again.block or again.activations
-        encoded_again += len(mixers) * (again.block or is_mixed_again)
-    entered, left = regions + stage.has_head, regions + stage.has_embedding
+        encoded_again += outputs * (again.block or is_mixed_again)
+    entered, left = entered + stage.has_head, projected + stage.has_embedding
     if work.sequence_parallel:
         gathers = (entered + entered_again + left) * count
         scatters = (left + left_again + entered) * count
@@ -102,10 +111,33 @@ def _tensor_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
     numbers = work.tokens * job.master
     if job.is_spiking:
         is_trained = job.spiking.threshold_grad is ThresholdGrad.through
-        calls = (regions * (2 if is_trained else 1) + encoded_again) * count
+        calls = (projected * (2 if is_trained else 1) + encoded_again) * count
         yield Traffic("thresholds", Kind.all_reduce, "tp", calls, calls * numbers)
     if stage.has_head:
         yield Traffic("losses", Kind.all_reduce, "tp", 2 * count, 3 * numbers * count)
+
+
+def _expert_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
+    """Rows of experts, there and home: as spikes where there are any, as if all were small."""
+    job, count = given.job, given.num_microbatches
+    layers = [
+        layer
+        for layer in range(stage.first_layer, stage.end_layer)
+        if job.model.layers.ffns[layer] is FfnKind.mixture_of_experts
+    ]
+    messages = Messages(
+        moe=job.model.moe, hidden_size=job.model.hidden_size, rows=job.microbatch_rows,
+        length=job.length, ep=given.layout.ep, width=job.narrow,
+        scale_width=job.master if job.is_spiking else None,
+    )  # fmt: skip
+    each = messages.crossing()
+    named = job.recompute
+    again = named.blocks | named.experts | named.expert_layers
+    forward = count * (len(layers) + len(again.intersection(layers)))
+    backward = count * len(layers)
+    calls = forward * each.forward_calls + backward * each.backward_calls
+    size = forward * each.forward_size + backward * each.backward_size
+    yield Traffic("rows of experts", Kind.all_to_all, "ep", calls, size)
 
 
 def _partial(given: Assignment, stage: StageCut) -> int:
@@ -133,17 +165,18 @@ def _data_parallel(
             gathers = 1 if is_pipelined else count
         reductions = count if shards and not is_pipelined else 1
         width = job.master if unit.is_float32 else job.narrow
-        if layout.dp_shard > 1:
+        axis = "edp" if unit.is_expert else "dp"
+        if unit.num_shards > 1:
             size = unit.all.padded * width
-            yield Traffic("parameters", Kind.all_gather, "dp_shard", gathers, gathers * size)
+            yield Traffic("parameters", Kind.all_gather, f"{axis}_shard", gathers, gathers * size)
             size = unit.trained.padded * job.master
             yield Traffic(
-                "gradients", Kind.reduce_scatter, "dp_shard", reductions, reductions * size
+                "gradients", Kind.reduce_scatter, f"{axis}_shard", reductions, reductions * size
             )
-        if layout.dp_replicate > 1:
+        if unit.num_copies > 1:
             size = unit.trained.shard * job.master
             yield Traffic(
-                "gradients", Kind.all_reduce, "dp_replicate", reductions, reductions * size
+                "gradients", Kind.all_reduce, f"{axis}_replicate", reductions, reductions * size
             )
 
 

@@ -31,6 +31,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline import PipelineRunner, StageModel
 from parallel.pipeline_cut import StageCut
 from parallel.rank_parameters import RankParameters
+from parallel.router_steps import RouterSteps
 from parallel.runner import Runner, SequentialRunner, Work
 from parallel.teacher import TeacherSpec
 
@@ -97,6 +98,7 @@ class TorchEngine:
         self.parts = build_parts(blueprint, parts, groups, layout, mesh, kind=kind)
         self._own = RankParameters.of(self.parts, layouts, mesh)
         materialise(self.parts, self._own, mesh.device, seed=seed)
+        self._routers = RouterSteps(config, self._own)
         self._optimizer = LocalOptimizer(self._own.parameters, groups, rule)
         self.teacher = (
             None if teacher is None else build_teacher(teacher, blueprint, parts, layout, mesh)
@@ -119,16 +121,17 @@ class TorchEngine:
 
         Returns:
             `loss`, the cross entropy a target; with a teacher `distill/kl` and `distill/hidden`,
-            before their weights.
+            before their weights; with expert layers the metrics of `models.routing` as `moe/...`.
 
         Raises:
             ValueError: ranks that disagree on either number, or a trained parameter without a
                 gradient; on every rank alike.
             NonFiniteError: on every rank alike; gradients are dropped, nothing else has changed.
         """
-        step_numbers.check_agreement(self.mesh, len(microbatches), num_targets)
+        size = step_numbers.agree_on_size(self.mesh, microbatches, num_targets)
+        routing = self._routers.begin(num_rows=size[0], num_tokens=size[1])
         self._own.drop_gradients()
-        sums = self._runner.train(microbatches, Work(num_targets, spikes))
+        sums = self._runner.train(microbatches, Work(num_targets, spikes, routing))
         without = number(missing(self._own.gradients()), self._own.shares())
         rows = self.mesh.gather_numbers((*sums.tolist(), without))
         for rank, (loss, kl, hidden, _) in enumerate(rows):
@@ -137,7 +140,7 @@ class TorchEngine:
                 raise NonFiniteError("loss", loss + kl + hidden, rank=rank, parameter=None)
         refuse_missing([row[3] for row in rows], self._own.shares())
         self._own.complete_gradients()
-        return self._losses(rows, num_targets)
+        return self._losses(rows, num_targets) | self._routers.collect()
 
     def _losses(self, rows: Sequence[Sequence[float]], num_targets: int) -> dict[str, float]:
         """Sums over the ranks that each number is to be counted on."""
@@ -171,9 +174,14 @@ class TorchEngine:
             present = {name: value for name, value in gradients.items() if value is not None}
             clip(list(present.values()), norm, self._clip_norm)
             self._optimizer.update(present, lr)
+            self._routers.move_states()
         finally:
             self._own.drop_gradients()
         return norm
+
+    def expert_loads(self) -> dict[str, float]:
+        """Each expert's share of the choices of the last step, as `moe/<layer>/load_<expert>`."""
+        return self._routers.loads()
 
     def token_losses(self, batch: Microbatch, *, spikes: Spikes | None = None) -> Tensor:
         """Loss of each token `[rows, T]` of this rank's rows, 0 where masked, on the CPU."""
@@ -244,6 +252,7 @@ class TorchEngine:
 
 
 def _check_known(groups: Sequence[ParamGroup], layouts: Mapping[str, ParamLayout]) -> None:
-    unknown = [name for group in groups for name in group.names if name not in layouts]
+    trainable = {name for name, layout in layouts.items() if not layout.is_state}
+    unknown = [name for group in groups for name in group.names if name not in trainable]
     if unknown:
         raise ValueError(f"parameter groups must name parameters of the model: got {unknown[0]}.")

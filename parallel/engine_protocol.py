@@ -45,6 +45,9 @@ class Engine(Protocol):
     def clip_and_step(self, lr: float) -> float:
         """Clip, update, forget the gradients; returns the gradient norm before clipping."""
 
+    def expert_loads(self) -> dict[str, float]:
+        """Each expert's share of the choices of the last step, as `moe/<layer>/load_<expert>`."""
+
     def token_losses(self, batch: Microbatch, *, spikes: Spikes | None = None) -> Tensor:
         """Loss of each token `[rows, T]` of this rank's rows, on the CPU, without gradients."""
 

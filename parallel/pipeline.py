@@ -81,7 +81,12 @@ class StageModel(Model):
             )
         lesson = None if shown is None else shown.lesson
         out = super().forward(
-            x, placed.sequence, labels=placed.labels, spikes=self._work.spikes, lesson=lesson
+            x,
+            placed.sequence,
+            labels=placed.labels,
+            spikes=self._work.spikes,
+            routing=self._work.routing,
+            lesson=lesson,
         )
         self._sums.add(out if self.part.has_head else None, lesson)
         if self.part.has_head:

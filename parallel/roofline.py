@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.cost import FlopsPerToken, flops_by_part, mean_visible
-from models.layer_pattern import MixerKind
 from parallel.backend.devices import Device
 from parallel.collective_bytes import Kind, Traffic
 from parallel.config import Shard
@@ -164,7 +163,7 @@ class _Clock:
         self, traffic: Sequence[Traffic], durations: dict[int, dict[Work, float]], line: Timeline
     ) -> float:
         """Seconds of data-parallel communication that computing does not hide."""
-        over_dp = [each for each in traffic if each.axis.startswith("dp")]
+        over_dp = [each for each in traffic if each.axis.startswith(("dp", "edp"))]
         gather = self.seconds([each for each in over_dp if each.kind is Kind.all_gather])
         reduce = self.seconds([each for each in over_dp if each.kind is not Kind.all_gather])
         shares_parameters = self.given.layout.shard is Shard.parameters
@@ -187,14 +186,21 @@ class _Clock:
     def _computing(self, moved: StageBytes) -> tuple[float, float, float]:
         """Seconds of forward, of what runs again in backward, and of forward's products alone."""
         job, flops = self.given.job, self.flops
-        mixers = job.model.layers.mixers
         tokens = self.given.work.tokens / self.given.layout.tp
         bandwidth = self.device.memory_bandwidth * self.efficiency.memory
         product_rate = self.peak * self.efficiency.products
         forward = again = products = 0.0
         for layer, footprint in zip(moved.layers, moved.footprints, strict=True):
             of_products = tokens * flops.products[layer] / 3 / product_rate
-            of_mixing = tokens * flops.mixing[layer] / 3 / self._mixing_rate(mixers[layer])
+            of_mixing = (
+                tokens
+                / 3
+                / self.peak
+                * (
+                    flops.softmax[layer] / self.efficiency.softmax
+                    + flops.linear[layer] / self.efficiency.linear
+                )
+            )
             of_bytes = footprint.traffic / bandwidth
             forward += of_products + of_mixing + of_bytes
             products += of_products
@@ -214,14 +220,9 @@ class _Clock:
             again += of_head
         return forward, again, products
 
-    def _mixing_rate(self, mixers: Sequence[MixerKind]) -> float:
-        is_linear = MixerKind.linear in mixers
-        share = self.efficiency.linear if is_linear else self.efficiency.softmax
-        return self.peak * share
-
     def _crossing(self, traffic: Sequence[Traffic]) -> float:
-        """Seconds of a microbatch's tensor-parallel borders and sends, half of both passes'."""
-        own = [each for each in traffic if each.axis in ("tp", "pp")]
+        """Seconds of a microbatch's borders of regions, rows of experts and sends, of one pass."""
+        own = [each for each in traffic if each.axis in ("tp", "ep", "pp")]
         count = self.given.num_microbatches * self.given.layout.parallel.stages_per_rank
         return self.seconds(own) / count / 2
 
@@ -229,7 +230,8 @@ class _Clock:
         layout = self.given.layout
         sizes = {
             "tp": layout.tp, "dp_shard": layout.dp_shard, "dp_replicate": layout.dp_replicate,
-            "pp": layout.pp,
+            "pp": layout.pp, "ep": layout.ep,
+            "edp_shard": layout.edp_shard, "edp_replicate": layout.edp_replicate,
         }  # fmt: skip
         return sizes[axis]
 
@@ -239,6 +241,8 @@ class _Clock:
         reach = {
             "tp": layout.tp, "dp_shard": layout.tp * layout.dp_shard,
             "dp_replicate": layout.tp * layout.dp, "pp": layout.num_devices,
+            "ep": layout.tp * layout.ep, "edp_replicate": layout.tp * layout.dp,
+            "edp_shard": layout.tp * layout.ep * layout.edp_shard,
         }[axis]  # fmt: skip
         inside = reach <= self.device.devices_per_node
         device = self.device

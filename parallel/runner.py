@@ -22,6 +22,7 @@ from parallel.fully_sharded import begin_microbatch, release
 from parallel.teacher import TeacherPart
 
 if TYPE_CHECKING:
+    from models.routing import Routing
     from models.spiking.neurons import Spikes
 
 
@@ -48,10 +49,11 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step's losses are divided by, and how its neurons fire."""
+    """What a step's losses are divided by, how its neurons fire and its expert layers train."""
 
     num_targets: int
     spikes: Spikes | None
+    routing: Routing | None = None
 
 
 @dataclass(slots=True)
@@ -114,6 +116,7 @@ class SequentialRunner:
                 placed.sequence,
                 labels=placed.labels,
                 spikes=work.spikes,
+                routing=work.routing,
                 lesson=lesson,
             )
             (loss_sum / work.num_targets).backward()

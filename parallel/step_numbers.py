@@ -8,17 +8,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.engine_protocol import Microbatch
 from parallel.mesh import Mesh
 
 
-def check_agreement(mesh: Mesh, num_microbatches: int, num_targets: int) -> None:
-    """Refuse a step that ranks see differently: they would hang, or train on another loss.
+def agree_on_size(
+    mesh: Mesh, microbatches: Sequence[Microbatch], num_targets: int
+) -> tuple[int, int]:
+    """Rows and tokens of all ranks' microbatches.
+
+    Refuses a step that ranks see differently: they would hang, or train on another loss.
 
     Raises:
         ValueError: on every rank alike, with each rank's number; or a step without anything in it.
     """
-    rows = mesh.gather_numbers((num_microbatches, num_targets))
-    for index, name in enumerate(("microbatches", "num_targets")):
+    num_microbatches = len(microbatches)
+    num_rows = sum(each.tokens.shape[0] for each in microbatches)
+    num_tokens = sum(each.tokens.numel() for each in microbatches)
+    rows = mesh.gather_numbers((num_microbatches, num_targets, num_rows, num_tokens))
+    names = ("microbatches", "num_targets")
+    # Ranks that send each other rows of experts count on as many.
+    for index, name in enumerate((*names, "rows") if mesh.ep_size > 1 else names):
         values = [row[index] for row in rows]
         if len(set(values)) > 1:
             raise ValueError(
@@ -31,6 +41,8 @@ def check_agreement(mesh: Mesh, num_microbatches: int, num_targets: int) -> None
             f"microbatches ({num_microbatches}) and num_targets ({num_targets}) must be at "
             "least 1: this step has nothing to learn from."
         )
+    own = [rows[rank] for rank in mesh.ranks_at(pp=0, tp=0)]
+    return sum(int(row[2]) for row in own), sum(int(row[3]) for row in own)
 
 
 def agree(mesh: Mesh, values: Tensor, flags: Sequence[bool]) -> tuple[Tensor, tuple[bool, ...]]:

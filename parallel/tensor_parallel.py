@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.layer_pattern import FfnKind
 from models.layers import Embedding, Head, Linear
 from models.spiking.channels import Channels, TokenShare
 from parallel.config import ParallelConfig
+from parallel.experts import expert_builder
 from parallel.regions import TensorRegion
 from parallel.vocabulary import GroupVocabulary, padded_vocab_size, rows_of_rank
 
@@ -25,13 +27,20 @@ from parallel.vocabulary import GroupVocabulary, padded_vocab_size, rows_of_rank
 class TensorParallelLayers:
     """Layers cut over `group`; `models.layers.LayerProvider`.
 
-    With `sequence_parallel` the residual stream is cut along its tokens. `vocab_multiple`: see
+    With `sequence_parallel` the residual stream is cut along its tokens. Experts are cut over
+    `ep_group` too, if any. `vocab_multiple`: see
     `ParallelConfig`.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, *, sequence_parallel: bool, vocab_multiple: int
+        self,
+        group: dist.ProcessGroup,
+        *,
+        sequence_parallel: bool,
+        vocab_multiple: int,
+        ep_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self._build_experts = expert_builder(ep_group)
         self._group, self._vocab_multiple = group, vocab_multiple
         self._size: int = group.size()
         self.region = TensorRegion(group, sequence_parallel)
@@ -46,6 +55,10 @@ class TensorParallelLayers:
     def enter(self, x: Tensor) -> Tensor:
         """Residual stream to all tokens; the gradient is summed over ranks."""
         return self.region.enter(x)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Sums over this rank's channels to the residual stream."""
+        return self.region.leave(x)
 
     def column_linear(self, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         """This rank's output channels."""
@@ -72,6 +85,26 @@ class TensorParallelLayers:
             is_tied=is_tied,
             vocabulary=self._vocabulary(vocab_size),
             enter=self.region.enter,
+        )
+
+    def experts(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        inner_size: int,
+        *,
+        neuron: nn.Module | None,
+        layer: int,
+        activations_again: bool,
+    ) -> nn.Module:
+        """This rank's inner channels of all experts, or of its part of them."""
+        return self._build_experts(
+            num_experts,
+            hidden_size,
+            self._share(inner_size),
+            neuron=neuron,
+            layer=layer,
+            activations_again=activations_again,
         )
 
     def _share(self, features: int) -> int:
@@ -140,6 +173,8 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
         "num_key_value_heads": config.num_key_value_heads,
         "intermediate_size": config.intermediate_size,
     }
+    if FfnKind.mixture_of_experts in config.layers.ffns:
+        cut["moe.intermediate_size"] = config.expert_intermediate_size
     for name, value in cut.items():
         if value % tp:
             common = gcd(*cut.values())

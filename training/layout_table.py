@@ -10,7 +10,7 @@ from parallel.pipeline_cut import StageCut
 from parallel.rank_memory import RankMemory
 from training.config import RunConfig
 from training.layout import cut_stages
-from training.planned_job import left_out, planned_memory
+from training.planned_job import left_out, planned_memory, unplanned
 
 MEMORY_COLUMNS = (
     "weights", "gradients", "optimizer", "activations", "logits", "neurons", "buffers", "peak",
@@ -33,8 +33,14 @@ def layout_lines(config: RunConfig, mesh: Mesh, *, kernels: tuple[str, str]) -> 
         f"{count} = pp {mesh.pp_size} x dp {mesh.dp_size} x tp {mesh.tp_size}{split}, "
         f"dp = {copies} x {mesh.shard_size} shards ({parallel.shard.value})"
     )
+    if mesh.ep_size > 1:
+        each = config.model.moe.num_experts // mesh.ep_size
+        yield f"experts over ep {mesh.ep_size} of dp, {each} a rank"
     if mesh.pp_size > 1:
         yield f"schedule {parallel.schedule.value}, {len(stages)} stages"
+    if (reason := unplanned(config.model)) is not None:
+        yield f"no planned memory: {reason}"
+        return
     memory = planned_memory(config, num_ranks=mesh.size, kernels=kernels)
     yield from rank_table(stages, memory, ranks_each=mesh.size // mesh.pp_size)
     for line in left_out(config):

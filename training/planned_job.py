@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from models.layouts import parameter_layouts, refuse_unsupported
+from models.config import ModelConfig
+from models.layouts import parameter_layouts
 from parallel.config import Precision
 from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import RankMemory, rank_memory
@@ -17,10 +18,12 @@ def planned_job(config: RunConfig, stage_name: str, *, kernels: tuple[str, str])
     """What a curriculum stage trains; `kernels` name the linear and the softmax attention kernel.
 
     Raises:
-        ValueError: pipeline stages that the model cannot be cut into.
+        ValueError: pipeline stages that the model cannot be cut into, or a model that the planner
+            does not know.
     """
     stage, training = config.stages[stage_name], config.training
-    refuse_unsupported(config.model)
+    if (reason := unplanned(config.model)) is not None:
+        raise ValueError(f"{reason}. Run it to see what it takes, or plan another model.")
     return Job(
         model=config.model,
         spiking=config.spiking,
@@ -34,6 +37,13 @@ def planned_job(config: RunConfig, stage_name: str, *, kernels: tuple[str, str])
         has_moments=config.optimizer.name is OptimizerName.adamw,
         kernels=kernels,
     )
+
+
+def unplanned(model: ModelConfig) -> str | None:
+    """What of a model the planner cannot count yet, as a sentence; None where it knows all."""
+    if model.uses_sinks:
+        return f"sinks.num_tokens ({model.sinks.num_tokens}) must be 0 in a plan"
+    return None
 
 
 def planned_kernels(kernels: tuple[str, str], precision: Precision) -> tuple[str, str]:

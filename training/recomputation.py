@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from models.config import ModelConfig
-from models.layer_pattern import MixerKind
+from models.layer_pattern import FfnKind, MixerKind
 from models.recomputation import NOTHING, Recomputation
 from parallel.config import ParallelConfig, PipelineSchedule, Recompute, RecomputeModule
 from parallel.pipeline_cut import StageCut
@@ -16,6 +16,7 @@ _MIXERS = {
     RecomputeModule.sliding_window: MixerKind.sliding_window,
     RecomputeModule.linear: MixerKind.linear,
 }
+_EXPERTS = (RecomputeModule.experts, RecomputeModule.expert_layers)
 
 
 def recomputation(
@@ -36,6 +37,8 @@ def recomputation(
         norms=found.get(RecomputeModule.norms, frozenset()),
         activations=found.get(RecomputeModule.activations, frozenset()),
         mixers=frozenset(i for kind in _MIXERS for i in found.get(kind, ())),
+        experts=found.get(RecomputeModule.experts, frozenset()),
+        expert_layers=found.get(RecomputeModule.expert_layers, frozenset()),
     )
 
 
@@ -87,7 +90,8 @@ def _check_modules(training: TrainingConfig, model: ModelConfig, layers: frozens
             ]
             raise ValueError(
                 f"training.recompute_modules ({module.value}) must be in the model: got "
-                f"model.mixers {model.mixers}. Choose from {', '.join(there)}."
+                f"model.mixers {model.mixers}, model.ffns {model.ffns}. Choose from "
+                f"{', '.join(there)}."
             )
         if not _with_module(module, layers, model):
             raise ValueError(
@@ -111,6 +115,8 @@ def _with_module(
     module: RecomputeModule, layers: frozenset[int], model: ModelConfig
 ) -> frozenset[int]:
     """Those of the layers that have what the module names."""
+    mixers, ffns = model.layers.mixers, model.layers.ffns
+    if module in _EXPERTS:
+        return frozenset(i for i in layers if ffns[i] is FfnKind.mixture_of_experts)
     kind = _MIXERS.get(module)
-    mixers = model.layers.mixers
     return layers if kind is None else frozenset(i for i in layers if kind in mixers[i])

@@ -113,17 +113,22 @@ class Stepper:
             "memory_bytes": self.memory_bytes(),
             "sample_hash": after.sample_hash,
             **losses,
+            **(self.engine.expert_loads() if self._is_due(state.step) else {}),
             **statistics,
             "stage": stage.name,
         }
 
     def _recorder(self, step: int) -> SpikeRecorder | None:
         """A recorder on the first spiking step and every `statistics_interval_steps`-th one."""
-        interval = self.spiking.statistics_interval_steps
-        if interval < 1 or spikes_at(self.spiking, step) is None:
+        is_due = self._is_due(step, first=self.spiking.start_step)
+        if not is_due or spikes_at(self.spiking, step) is None:
             return None
-        is_due = (step + 1) % interval == 0 or step == self.spiking.start_step
-        return SpikeRecorder(self.spiking.statistics_tokens) if is_due else None
+        return SpikeRecorder(self.spiking.statistics_tokens)
+
+    def _is_due(self, step: int, *, first: int = 0) -> bool:
+        """Whether statistics are too long for the rows of most steps, but not of this one."""
+        interval = self.spiking.statistics_interval_steps
+        return interval > 0 and ((step + 1) % interval == 0 or step == first)
 
     def _spike_statistics(self, recorder: SpikeRecorder | None) -> dict[str, float]:
         """Statistics of all ranks as `spike/<layer>/<site>/<metric>`. Collective when recorded."""

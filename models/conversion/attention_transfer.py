@@ -25,9 +25,8 @@ from models.conversion.source_checks import becomes_linear
 from models.conversion.source_config import read_config
 from models.conversion.weight_map import HEAD_NORM, KEY_BIAS, mixer_name
 from models.layouts import is_new_parameter
-from models.linear_attention import GatedLinearAttention
+from models.mixer import Mixer
 from models.sequence import SequenceContext
-from models.softmax_attention import SoftmaxAttention
 
 logger = logging.getLogger(__name__)
 
@@ -135,15 +134,18 @@ def _measure(
 ) -> None:
     """RMS of the softmax mixer's head outputs per channel [H]; mean of W_k x [G * H]."""
     mixer = block.mixer
-    assert isinstance(mixer, SoftmaxAttention)
+    assert mixer is not None
+    (branch,) = mixer.branches
+    k_proj = branch.projections.k_proj
     squares: Tensor | float = 0.0
     keys: Tensor | float = 0.0
     num_tokens = sum(hidden.shape[1] for hidden in walk.hidden)
     for x, sequence in walk.inputs(block):
         if options.norm_init is NormInit.calibrated:
-            squares = squares + mixer.attend(x, sequence).square().mean(dim=2).sum(dim=(0, 1))
+            (heads,) = mixer.attend(x, sequence)
+            squares = squares + heads.square().mean(dim=2).sum(dim=(0, 1))
         if options.key_bias is KeyBias.centre:
-            keys = keys + (mixer.k_proj(x) - mixer.k_proj.bias).sum(dim=(0, 1))
+            keys = keys + (k_proj(x) - k_proj.bias).sum(dim=(0, 1))
     if options.norm_init is NormInit.calibrated:
         rms = torch.as_tensor(squares / num_tokens).sqrt()
         note = f"RMS of the source's attention output per channel on {num_tokens} tokens"
@@ -159,11 +161,11 @@ def _student(
     options: ConversionOptions,
     fitted: Fitted,
     layer: int,
-) -> GatedLinearAttention:
+) -> Mixer:
     """The linear mixer of one layer as conversion would start it; new parameters are trainable."""
     plan = {t.name: t.load for t in plan_conversion(source, target, options, fitted=fitted.values)}
     mixer = BlockStream(target, lambda name: plan[name]()).block(layer).mixer
-    assert isinstance(mixer, GatedLinearAttention)
+    assert mixer is not None
     for name, parameter in mixer.named_parameters():
         if is_new_parameter(mixer_name(layer, name)):
             parameter.data = parameter.data.clone()
@@ -173,7 +175,7 @@ def _student(
 
 def _align(  # noqa: PLR0913 - one layer with its teacher, texts and options
     teacher: Block,
-    student: GatedLinearAttention,
+    student: Mixer,
     walks: list[_Walk],
     layer: int,
     options: AlignmentOptions,
@@ -197,9 +199,7 @@ def _align(  # noqa: PLR0913 - one layer with its teacher, texts and options
             fitted.values[mixer_name(layer, name)] = (parameter.detach().clone(), note)
 
 
-def _train(
-    teacher: Block, student: GatedLinearAttention, walk: _Walk, options: AlignmentOptions
-) -> None:
+def _train(teacher: Block, student: Mixer, walk: _Walk, options: AlignmentOptions) -> None:
     """AdamW on the squared error over the teacher's power."""
     optimizer = torch.optim.AdamW(
         [
@@ -222,9 +222,7 @@ def _train(
                 schedule.step()
 
 
-def _errors(
-    teacher: Block, student: GatedLinearAttention, walk: _Walk
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _errors(teacher: Block, student: Mixer, walk: _Walk) -> Iterator[tuple[Tensor, Tensor]]:
     """Per row: summed squared error of the mixer's output, and the teacher's summed square."""
     assert teacher.mixer is not None
     for x, sequence in walk.inputs(teacher):
@@ -235,7 +233,7 @@ def _errors(
 
 
 @torch.no_grad()
-def _relative_error(teacher: Block, student: GatedLinearAttention, walk: _Walk) -> float:
+def _relative_error(teacher: Block, student: Mixer, walk: _Walk) -> float:
     """Root of squared error over the teacher's square, all rows together."""
     errors = list(_errors(teacher, student, walk))
     return float((sum(e for e, _ in errors) / sum(p for _, p in errors)) ** 0.5)

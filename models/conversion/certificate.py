@@ -28,6 +28,7 @@ from models.conversion.source_config import read_config, read_format
 from models.layouts import parameter_layouts
 from models.linear_attention import GatedLinearAttention
 from models.loss import MASKED
+from models.projections import HeadProjections
 from models.sequence import SequenceContext
 
 FORMAT_VERSION = 1
@@ -97,8 +98,10 @@ def compare_numerically(
     ):
         before.step(layer)
         block = after.stream.block(layer)
-        if isinstance(block.mixer, GatedLinearAttention):
-            linear.append({"layer": layer, **_linear_state(block, block.mixer, after)})
+        for branch in () if block.mixer is None else block.mixer.branches:
+            if isinstance(branch.core, GatedLinearAttention):
+                state = _linear_state(block, branch.projections, branch.core, after)
+                linear.append({"layer": layer, **state})
         after.step(layer, block)
         layers.append(
             {
@@ -178,21 +181,24 @@ def _log_probabilities(side: _Side, norm: torch.nn.Module, row: int, part: slice
 
 
 @torch.no_grad()
-def _linear_state(block: Block, mixer: GatedLinearAttention, side: _Side) -> dict[str, Any]:
+def _linear_state(
+    block: Block, projections: HeadProjections, core: GatedLinearAttention, side: _Side
+) -> dict[str, Any]:
     """Key bias against W_k x, dead key channels, half-lives, on what this layer really reads."""
     assert block.mixer_norm is not None
-    bias = getattr(mixer.k_proj, "bias", None)
+    bias = getattr(projections.k_proj, "bias", None)
     norm_sum, num_tokens = 0.0, 0
     largest: Tensor | None = None
     histogram = torch.zeros(len(HALF_LIFE_EDGES) + 1, dtype=torch.float64)
     for hidden in side.hidden:
         x = block.mixer_norm(hidden)
-        product = mixer.k_proj(x) if bias is None else mixer.k_proj(x) - bias
+        product = projections.k_proj(x) if bias is None else projections.k_proj(x) - bias
         norm_sum += float(product.norm(dim=-1).sum(dtype=torch.float64))
         num_tokens += x.shape[1]
-        row_largest = mixer.project(x)[1].flatten(2).amax(dim=(0, 1))
+        heads = projections.project(x)
+        row_largest = heads[1].flatten(2).amax(dim=(0, 1))
         largest = row_largest if largest is None else torch.maximum(largest, row_largest)
-        half_lives = math.log(2) / -mixer.log_decay(x)
+        half_lives = math.log(2) / -core.log_decay(heads, x)
         edges = torch.tensor(HALF_LIFE_EDGES, dtype=half_lives.dtype)
         bins = torch.bucketize(half_lives.flatten(), edges, right=True)
         histogram += torch.bincount(bins, minlength=len(histogram))

@@ -27,7 +27,12 @@ from models.conversion.weight_map import (
     mixer_parameter,
     theirs,
 )
-from models.layouts import is_new_parameter, parameter_layouts, refuse_unsupported
+from models.layouts import (
+    is_new_parameter,
+    parameter_layouts,
+    refuse_experts,
+    refuse_unsupported,
+)
 
 
 class OriginKind(Enum):
@@ -82,6 +87,7 @@ def plan_conversion(
     config = read_config(source.config)
     format = read_format(source.config)
     refuse_unsupported(target)
+    refuse_experts(target, "converted to")
     check_target(config, target)
     check_source(source, config, format)
     planner = _Planner(source, target, options, fitted or {})

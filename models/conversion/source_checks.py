@@ -10,6 +10,7 @@ from models.conversion.huggingface import TensorSource
 from models.conversion.weight_map import IGNORED_SOURCE, theirs
 from models.layer_pattern import MixerKind
 from models.layouts import parameter_layouts
+from models.mixer_config import FeatureMap, GateKind
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
     Raises:
         ValueError: naming the key and both values.
     """
+    _refuse_unconverted(target)
     for key in _SAME:
         ours, theirs_value = getattr(target, key), getattr(source, key)
         if ours != theirs_value:
@@ -49,6 +51,24 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
             raise ValueError(
                 f"mixers ({target.mixers}) layer {index} must stay L as in the source: "
                 f"got {after[0].value}. Its gates and head norm have no place in another mixer."
+            )
+
+
+def _refuse_unconverted(target: ModelConfig) -> None:
+    """Refuse mixers that models here have, but that no conversion makes yet."""
+    for mixers in target.layers.mixers:
+        if len(mixers) > 1:
+            symbol = "+".join(kind.value for kind in mixers)
+            raise ValueError(
+                f"mixers ({target.mixers}) must have one mixer a layer in a conversion: got "
+                f"{symbol}. Use F, S, L or _."
+            )
+    for name, default in (("gate", GateKind.low_rank), ("feature_map", FeatureMap.relu)):
+        value = getattr(target.linear, name)
+        if value is not default:
+            raise ValueError(
+                f"model.linear.{name} ({value.value}) must be {default.value} in a conversion. "
+                "Train such a model from its start."
             )
 
 

@@ -155,11 +155,14 @@ def _rules(config: ModelConfig, format: Format) -> list[_Rule]:
                            config.hidden_size, "a multiple of num_attention_heads"))  # fmt: skip
     if format is Format.gla_swa:
         visible, linear_eps = config.visible_window_tokens, config.linear.norm_eps
+        gate, feature_map = config.linear.gate, config.linear.feature_map
         has_default_rope = config.rope.type is RopeType.default
         rules += [
             _Rule(linear in kinds, "mixers", config.mixers, "a pattern with L"),
             _Rule(is_even, "head_dim", config.head_dim, "hidden_size / num_attention_heads"),
             _Rule(has_default_rope, "rope.type", config.rope.type.value, "default"),
+            _Rule(gate is GateKind.low_rank, "linear.gate", gate.value, "low_rank"),
+            _Rule(feature_map is FeatureMap.relu, "linear.feature_map", feature_map.value, "relu"),
             _Rule(linear_eps == config.rms_norm_eps, "linear.norm_eps", linear_eps, "rms_norm_eps"),
             _Rule(visible is None or visible > 1, "window_tokens", visible, "2 or more keys"),
         ]  # fmt: skip

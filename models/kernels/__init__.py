@@ -7,5 +7,14 @@ from models.kernels.kernel_set import (
     default_kernels,
     kernel_set,
 )
+from models.kernels.sinks import SinkKeys, sink_attention
 
-__all__ = ["KernelSet", "LinearAttention", "SoftmaxAttention", "default_kernels", "kernel_set"]
+__all__ = [
+    "KernelSet",
+    "LinearAttention",
+    "SinkKeys",
+    "SoftmaxAttention",
+    "default_kernels",
+    "kernel_set",
+    "sink_attention",
+]

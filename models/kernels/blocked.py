@@ -2,18 +2,22 @@
 
 Memory is linear in T: full attention is torch's fused causal kernel, a window is a band of key
 slices around each query block, and documents are attended one length at a time. No mask is ever
-larger than one query block by its keys. Shape letters: B rows, Tq queries, Tk keys, N query heads,
+larger than one query block by its keys. Sink tokens join each of these pieces where it is attended
+(`models.kernels.fused_sinks`). Shape letters: B rows, Tq queries, Tk keys, S sinks, N query heads,
 G key-value heads, R = N / G, H head dim.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels import fused_sinks
+from models.kernels.sinks import SinkKeys
 from models.kernels.tiling import split_dim
 from models.sequence import SequenceContext
 
@@ -34,6 +38,7 @@ def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention 
     scale: float,
     window: int | None,
     sequence: SequenceContext | None,
+    sinks: SinkKeys | None = None,
 ) -> Tensor:
     """Causal softmax attention; equal to `models.reference.softmax_attention`.
 
@@ -44,6 +49,7 @@ def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention 
         scale: factor of the scores.
         window: keys a query sees, its own included; None is every earlier key.
         sequence: documents of each row; None is one document a row.
+        sinks: keys that every query sees besides.
 
     Returns:
         `[B, Tq, N, H]` in q's dtype.
@@ -56,13 +62,28 @@ def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention 
             f"k tokens ({k.shape[1]}) must be q's, or more without documents: got {q.shape[1]}. "
             "Pass sequence=None for cached keys."
         )
+    if sinks is not None and sinks.q is not None:
+        q = torch.cat([q, sinks.q], dim=-1)
+    rule = _Rule(scale, window, sinks)
     if sequence is None or sequence.is_one_document_per_row:
-        return _attend(q, k, v, scale, window)
-    return _attend_documents(q, k, v, scale, window, sequence)
+        return _attend(q, k, v, rule)
+    return _attend_documents(q, k, v, rule, sequence)
 
 
-def _attend_documents(  # noqa: PLR0913 - the seam's operands
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sequence: SequenceContext
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What all pieces of one call have in common.
+
+    Queries that score sinks otherwise than tokens lie behind those of tokens in q's last dim.
+    """
+
+    scale: float
+    window: int | None
+    sinks: SinkKeys | None
+
+
+def _attend_documents(
+    q: Tensor, k: Tensor, v: Tensor, rule: _Rule, sequence: SequenceContext
 ) -> Tensor:
     """Documents of equal length together, as the rows of one batch."""
     lengths = list(sequence.lengths)
@@ -73,33 +94,33 @@ def _attend_documents(  # noqa: PLR0913 - the seam's operands
     outputs: dict[int, Tensor] = {}
     for indices in by_length.values():
         stacked = [torch.stack([part[index] for index in indices]) for part in documents]
-        attended = _attend(stacked[0], stacked[1], stacked[2], scale, window)
+        attended = _attend(stacked[0], stacked[1], stacked[2], rule)
         outputs.update(zip(indices, attended.unbind(), strict=True))
-    return torch.cat([outputs[index] for index in range(len(lengths))]).view(q.shape)
+    return torch.cat([outputs[index] for index in range(len(lengths))]).view(*q.shape[:3], -1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
     """One document a row."""
-    num_queries = q.shape[1]
+    num_queries, window = q.shape[1], rule.window
     if window is None or window >= k.shape[1]:
-        return _full(q, k, v, scale)
+        return _full(q, k, v, rule)
     reach = num_queries + window - 1
     k, v = k[:, -reach:], v[:, -reach:]
     # The first queries see every key there is; each later one sees a whole window.
     first = min(window - (k.shape[1] - num_queries), num_queries)
-    outputs = [_full(q[:, :first], k[:, :window], v[:, :window], scale)]
+    outputs = [_full(q[:, :first], k[:, :window], v[:, :window], rule)]
     if first < num_queries:
-        outputs += _banded(q[:, first:], k[:, 1:], v[:, 1:], scale, window)
+        outputs += _banded(q[:, first:], k[:, 1:], v[:, 1:], rule, window)
     return torch.cat(outputs, dim=1)
 
 
-def _full(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _full(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
     """Causal attention without a window; earlier keys than the first query's are all visible."""
     num_queries, num_keys = q.shape[1], k.shape[1]
-    if num_queries == num_keys:
-        return _causal(q, k, v, scale)
+    if num_queries == num_keys and (rule.sinks is None or fused_sinks.takes_causal(q)):
+        return _causal(q, k, v, rule)
     if num_queries == 1:
-        return _masked(q, k, v, scale, None)
+        return _masked(q, k, v, rule, None)
     history, outputs = num_keys - num_queries, []
     for start in range(0, num_queries, _MAX_BLOCK):
         stop = min(start + _MAX_BLOCK, num_queries)
@@ -107,23 +128,22 @@ def _full(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         at_key = torch.arange(history + stop, device=q.device)
         at_query = torch.arange(history + start, history + stop, device=q.device)
         visible = at_key[None, :] <= at_query[:, None]
-        outputs.append(_masked(q[:, start:stop], k[:, keys], v[:, keys], scale, visible))
+        outputs.append(_masked(q[:, start:stop], k[:, keys], v[:, keys], rule, visible))
     return torch.cat(outputs, dim=1)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
     # The CPU kernel groups heads itself; others would fall back to a T x T matrix if asked to.
     grouped = q.is_cpu and q.shape[2] != k.shape[2]
     if not grouped:
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        is_causal=True,
-        scale=scale,
-        enable_gqa=grouped,
-    )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if rule.sinks is not None:
+        out = fused_sinks.attend(q, k, v, rule.sinks, mask=None, is_causal=True, scale=rule.scale)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=rule.scale, enable_gqa=grouped
+        )
     return out.transpose(1, 2)
 
 
@@ -134,7 +154,7 @@ def band_geometry(num_queries: int, window: int) -> tuple[int, int]:
     return block, block * max(_GROUP_TOKENS // block, 1)
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> list[Tensor]:
+def _banded(q: Tensor, k: Tensor, v: Tensor, rule: _Rule, window: int) -> list[Tensor]:
     """Queries that each see `window` keys, the first one keys 0 .. window - 1."""
     block, group = band_geometry(q.shape[1], window)
     halo = window - 1
@@ -148,17 +168,17 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> list[
         blocks, rest = divmod(queries.shape[1], block)
         whole = blocks * block
         if blocks:
-            outputs.append(_bands(queries[:, :whole], keys, values, scale, window, blocks))
+            outputs.append(_bands(queries[:, :whole], keys, values, rule, window, blocks))
         if rest:
             last = slice(whole, None)
             outputs.append(
-                _bands(queries[:, last], keys[:, last], values[:, last], scale, window, 1)
+                _bands(queries[:, last], keys[:, last], values[:, last], rule, window, 1)
             )
     return outputs
 
 
 def _bands(  # noqa: PLR0913 - the band's geometry
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, blocks: int
+    q: Tensor, k: Tensor, v: Tensor, rule: _Rule, window: int, blocks: int
 ) -> Tensor:
     """Equal query blocks, each with the keys from its first query's window to its last query."""
     block = q.shape[1] // blocks
@@ -173,17 +193,21 @@ def _bands(  # noqa: PLR0913 - the band's geometry
     distance = at_query - torch.arange(span, device=q.device)[None, :]
     visible = (distance >= 0) & (distance < window)
     queries = split_dim(q, 1, (blocks, block)).flatten(0, 1)
-    out = _masked(queries, keys, values, scale, visible)
+    out = _masked(queries, keys, values, rule, visible)
     return split_dim(out, 0, (q.shape[0], blocks)).flatten(1, 2)
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor | None) -> Tensor:
+def _masked(q: Tensor, k: Tensor, v: Tensor, rule: _Rule, visible: Tensor | None) -> Tensor:
     """Attention under one mask `[Tq, Tk]`; a KV head's queries are rows of one matrix."""
     groups = k.shape[2]
     group = q.shape[2] // groups
     stacked = split_dim(q, 2, (groups, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
     mask = visible if visible is None else visible.repeat(group, 1)
-    out = F.scaled_dot_product_attention(
-        stacked, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
-    )
+    if rule.sinks is not None:
+        out = fused_sinks.attend(
+            stacked, k, v, rule.sinks, mask=mask, is_causal=False, scale=rule.scale
+        )
+    else:
+        out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask, scale=rule.scale)
     return split_dim(out, 2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)

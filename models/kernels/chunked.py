@@ -27,6 +27,7 @@ def linear_attention(  # noqa: PLR0913 - the signature every linear attention ke
     scale: float,
     sequence: SequenceContext | None,
     initial_state: Tensor | None = None,
+    document_state: Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention in chunks; equal to `models.reference.linear_attention`.
@@ -42,7 +43,9 @@ def linear_attention(  # noqa: PLR0913 - the signature every linear attention ke
         log_decay: `[B, T, G, H]`, at most 0 (-inf forgets everything).
         scale: factor of the output.
         sequence: documents of each row; None is one document a row.
-        initial_state: `[B, G, H, H]` entering the first document of each row.
+        initial_state: `[B, G, H, H]` entering the first document of each row, which goes on with
+            it.
+        document_state: `[G, H, H]` that every other document starts from; None is zero.
         output_final_state: whether to return the state after the last document of each row.
 
     Returns:
@@ -53,15 +56,21 @@ def linear_attention(  # noqa: PLR0913 - the signature every linear attention ke
     """
     _check(q, k, sequence)
     dtype = torch.promote_types(torch.promote_types(q.dtype, log_decay.dtype), torch.float32)
+    if initial_state is None and document_state is not None:
+        initial_state = document_state.expand(q.shape[0], -1, -1, -1)
     if q.shape[1] == 1:
         out, state = _step(q, k, v, log_decay.to(dtype), scale, initial_state)
         return out, state if output_final_state else None
     if initial_state is None:
         initial_state = q.new_zeros(q.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=dtype)
-    packed = sequence is not None and not sequence.is_one_document_per_row
-    document_ids = sequence.document_ids if packed and sequence is not None else None
+    document_ids = None
+    if sequence is not None and not sequence.is_one_document_per_row:
+        document_ids = sequence.document_ids
+    starts = None
+    if document_ids is not None and document_state is not None:
+        starts = document_state.to(dtype)
     outputs: tuple[Tensor, Tensor] = _ChunkedLinearAttention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, log_decay, initial_state.to(dtype), document_ids, scale
+        q, k, v, log_decay, initial_state.to(dtype), starts, document_ids, scale
     )
     return outputs[0], outputs[1] if output_final_state else None
 
@@ -105,6 +114,7 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         v: Tensor,
         log_decay: Tensor,
         initial_state: Tensor,
+        document_state: Tensor | None,
         document_ids: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
@@ -112,40 +122,44 @@ class _ChunkedLinearAttention(torch.autograd.Function):
         work = Workspace(initial_state)
         out = q.new_empty(*q.shape[:3], v.shape[3])
         final = torch.empty_like(initial_state)
+        batch = (q, k, v, log_decay, document_ids)
         entering = []
         for rows in tiling.row_blocks():
             state = initial_state[rows]
             for span in tiling.spans():
                 entering.append(state)
-                inputs = load(
-                    work, (q, k, v, log_decay, document_ids), (rows, span, tiling.chunk), scale
-                )
+                where = (rows, span, tiling.chunk)
+                inputs = load(work, batch, where, scale, document_state)
                 tile_out, state = tile.forward(inputs, state, work)
                 store(tile_out, out[rows, span])
             final[rows] = state
-        ctx.save_for_backward(q, k, v, log_decay, document_ids, *entering)
+        ctx.save_for_backward(*batch, document_state, *entering)
         ctx.scale, ctx.tiling = scale, tiling
         return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, document_ids, *entering = ctx.saved_tensors
+        q, k, v, log_decay, document_ids, document_state, *entering = ctx.saved_tensors
+        batch = (q, k, v, log_decay, document_ids)
         tiling: Tiling = ctx.tiling
         work = Workspace(grad_final)
         grads = [x.new_empty(x.shape) for x in (q, k, v, log_decay)]
         grad_initial = torch.empty_like(grad_final)
+        grad_document = None if document_state is None else torch.zeros_like(document_state)
         spans = tiling.spans()
         for index, rows in enumerate(tiling.row_blocks()):
             grad_state = grad_final[rows]
             for step in reversed(range(len(spans))):
                 where = (rows, spans[step], tiling.chunk)
-                inputs = load(work, (q, k, v, log_decay, document_ids), where, ctx.scale)
+                inputs = load(work, batch, where, ctx.scale, document_state)
                 tile_grad = load_heads(work, "grad_out", grad_out, where, k.shape[2])
                 state = entering[index * len(spans) + step]
-                tile_grads, grad_state = tile.backward(inputs, state, tile_grad, grad_state, work)
+                tile_grads, grad_state = tile.backward(
+                    inputs, state, tile_grad, grad_state, grad_document, work
+                )
                 tile_grads[0].mul_(ctx.scale)
                 for source, target in zip(tile_grads, grads, strict=True):
                     store(source, target[rows, spans[step]])
             grad_initial[rows] = grad_state
-        return *grads, grad_initial, None, None
+        return *grads, grad_initial, grad_document, None, None

@@ -44,6 +44,7 @@ def linear_attention(  # noqa: PLR0913 - the signature every linear attention ke
     scale: float,
     sequence: SequenceContext | None,
     initial_state: Tensor | None = None,
+    document_state: Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention by FLA; arguments and results as `models.reference.linear_attention`.
@@ -55,19 +56,19 @@ def linear_attention(  # noqa: PLR0913 - the signature every linear attention ke
         warn_once("linear='fla'", torch.float64, "linear='chunked'")
         return chunked.linear_attention(
             q, k, v, log_decay, scale=scale, sequence=sequence,
-            initial_state=initial_state, output_final_state=output_final_state,
+            initial_state=initial_state, document_state=document_state,
+            output_final_state=output_final_state,
         )  # fmt: skip
     rows, tokens, heads, _ = q.shape
     group = heads // k.shape[2]
     packed = sequence if sequence and not sequence.is_one_document_per_row else None
     keys, values = (x.to(q.dtype).repeat_interleave(group, dim=2) for x in (k, v))
     operands = [q, keys, values, log_decay.float().repeat_interleave(group, dim=2)]
-    state = None
-    if initial_state is not None:
-        state = initial_state.float().repeat_interleave(group, dim=1)
+    state = _entering_states(initial_state, document_state, rows, packed)
+    if state is not None:
+        state = state.repeat_interleave(group, dim=1)
     if packed is not None:
         operands = [x.flatten(0, 1).unsqueeze(0) for x in operands]
-        state = _at_first_documents(state, packed)
     out, final = _run(operands, scale, state, output_final_state, packed)
     if final is not None:
         # The R query heads of a group hold equal states: the first one stands for all, in memory of
@@ -106,12 +107,28 @@ def _run(
     return result
 
 
-def _at_first_documents(state: Tensor | None, sequence: SequenceContext) -> Tensor | None:
-    """Each row's state `[B, N, H, H]` at its first document of `[S, N, H, H]`, zeros elsewhere."""
-    if state is None:
-        return None
-    first = torch.tensor(_row_documents(sequence)[:-1], device=state.device)
-    return state.new_zeros(len(sequence.lengths), *state.shape[1:]).index_copy(0, first, state)
+def _entering_states(
+    initial_state: Tensor | None,
+    document_state: Tensor | None,
+    rows: int,
+    packed: SequenceContext | None,
+) -> Tensor | None:
+    """The float32 state `[S, G, H, H]` that enters each document, `[B, G, H, H]` each row.
+
+    A row's first document goes on with `initial_state` where there is one; all others start from
+    `document_state`, or from zero.
+    """
+    if initial_state is None:
+        if document_state is None:
+            return None
+        count = rows if packed is None else len(packed.lengths)
+        return document_state.float().expand(count, -1, -1, -1)
+    initial = initial_state.float()
+    if packed is None:
+        return initial
+    start = torch.zeros_like(initial[0]) if document_state is None else document_state.float()
+    first = torch.tensor(_row_documents(packed)[:-1], device=initial.device)
+    return start.expand(len(packed.lengths), -1, -1, -1).index_copy(0, first, initial)
 
 
 def _last_documents(sequence: SequenceContext) -> list[int]:

@@ -1,7 +1,7 @@
 """Softmax attention on GPUs by flash-attn's variable-length kernel behind our signature.
 
 Owns the translation only; the library is imported when the kernel is chosen. Shape letters: B rows,
-Tq queries, Tk keys, N query heads, G key-value heads, H head dim.
+Tq queries, Tk keys, S sinks, N query heads, G key-value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.kernels import blocked
+from models.kernels import blocked, flash_sinks
 from models.kernels.fallback import warn_once
+from models.kernels.sinks import SinkKeys
 from models.sequence import SequenceContext
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -39,6 +40,7 @@ def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention 
     scale: float,
     window: int | None,
     sequence: SequenceContext | None,
+    sinks: SinkKeys | None = None,
 ) -> Tensor:
     """Causal softmax attention by flash-attn; as `models.reference.softmax_attention`.
 
@@ -47,24 +49,28 @@ def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention 
     """
     if q.dtype not in _DTYPES:
         warn_once("softmax='flash_attn'", q.dtype, "softmax='blocked'")
-        return blocked.softmax_attention(q, k, v, scale=scale, window=window, sequence=sequence)
+        return blocked.softmax_attention(
+            q, k, v, scale=scale, window=window, sequence=sequence, sinks=sinks
+        )
     from flash_attn import flash_attn_varlen_func
 
     query_bounds, longest_query = _bounds(q, sequence)
     key_bounds, longest_key = _bounds(k, sequence)
-    out: Tensor = flash_attn_varlen_func(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        cu_seqlens_q=query_bounds,
-        cu_seqlens_k=key_bounds,
-        max_seqlen_q=longest_query,
-        max_seqlen_k=longest_key,
-        softmax_scale=scale,
-        causal=True,
-        # The library counts the keys to the left, we count the query's own as well.
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-    )
+    operands = [x.flatten(0, 1) for x in (q, k, v)]
+    documents = {
+        "cu_seqlens_q": query_bounds,
+        "cu_seqlens_k": key_bounds,
+        "max_seqlen_q": longest_query,
+        "max_seqlen_k": longest_key,
+        "softmax_scale": scale,
+        "causal": True,
+    }
+    # The library counts the keys to the left, we count the query's own as well.
+    size = (-1, -1) if window is None else (window - 1, 0)
+    if sinks is not None:
+        out = flash_sinks.attend(operands, sinks, documents, size)
+    else:
+        out = flash_attn_varlen_func(*operands, **documents, window_size=size)
     return out.view(q.shape)
 
 

@@ -1,7 +1,7 @@
 """Softmax attention on GPUs by torch's compiled flex attention with a block mask.
 
 Owns the mask of documents and window and its reuse by all layers of a step; compiles on first use.
-Shape letters: B rows, Tq queries, Tk keys, N query heads, G key-value heads, H head dim.
+Shape letters: B rows, Tq queries, Tk keys, S sinks, N query heads, G key-value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.kernels import blocked
 from models.kernels.fallback import warn_once
+from models.kernels.sinks import SinkKeys, merge
 from models.sequence import SequenceContext
 
 _MaskKey = tuple[int, int, int | None, torch.device]
@@ -44,6 +45,7 @@ def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention 
     scale: float,
     window: int | None,
     sequence: SequenceContext | None,
+    sinks: SinkKeys | None = None,
 ) -> Tensor:
     """Causal softmax attention by flex attention; as `models.reference.softmax_attention`.
 
@@ -53,19 +55,50 @@ def softmax_attention(  # noqa: PLR0913 - the signature every softmax attention 
     if q.dtype is torch.float64:
         warn_once("softmax='flex'", q.dtype, "softmax='blocked'")
     if q.dtype is torch.float64 or q.shape[1] == 1:
-        return blocked.softmax_attention(q, k, v, scale=scale, window=window, sequence=sequence)
+        return blocked.softmax_attention(
+            q, k, v, scale=scale, window=window, sequence=sequence, sinks=sinks
+        )
     packed = sequence is not None and not sequence.is_one_document_per_row
     ids = sequence.document_ids if packed and sequence is not None else None
     key = (q.shape[1], k.shape[1], window, q.device)
-    attended: Tensor = _compiled()[0](
+    mask = _shared_mask(key) if ids is None else _document_mask(key, ids)
+    if sinks is None:
+        attended: Tensor = _run((q, k, v), mask, scale)
+        return attended.transpose(1, 2)
+    return _with_sinks((q, k, v), mask, scale, sinks)
+
+
+def _run(operands: tuple[Tensor, Tensor, Tensor], mask: Any, scale: float, **options: Any) -> Any:
+    """The compiled attention of `[B, T, heads, H]` operands, `[B, N, Tq, H]`."""
+    q, k, v = operands
+    return _compiled()[0](
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        block_mask=_shared_mask(key) if ids is None else _document_mask(key, ids),
+        block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
+        **options,
     )
-    return attended.transpose(1, 2)
+
+
+def _with_sinks(
+    operands: tuple[Tensor, Tensor, Tensor], mask: Any, scale: float, sinks: SinkKeys
+) -> Tensor:
+    """Attention to tokens and to sinks, merged by autograd: this log-sum-exp is differentiable."""
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    lse = AuxRequest(lse=True)
+    out, aux = _run(operands, mask, scale, return_aux=lse)
+    tokens = out.transpose(1, 2), aux.lse.transpose(1, 2)
+    queries = operands[0] if sinks.q is None else sinks.q
+    # All rows as one, because sinks are the same for each.
+    flat = (queries.flatten(0, 1)[None], sinks.k[None], sinks.v[None])
+    sink_out, sink_aux = _run(flat, None, scale, return_aux=lse)
+    sink_out, sink_lse = (
+        x[0].transpose(0, 1).unflatten(0, queries.shape[:2]) for x in (sink_out, sink_aux.lse)
+    )
+    return merge(tokens, (sink_out, sink_lse))[0]
 
 
 # Batches in flight (pipelined or recomputed) times kinds of mask. A kept mask holds its ids, so

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from models.kernels.sinks import SinkKeys
 from models.sequence import SequenceContext
 
 _Loader = TypeVar("_Loader", bound=Callable[[], object])
@@ -30,9 +31,15 @@ class LinearAttention(Protocol):
         scale: float,
         sequence: SequenceContext | None,
         initial_state: Tensor | None = None,
+        document_state: Tensor | None = None,
         output_final_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[B, T, N, H]` out and, on request, the last document's state `[B, G, H, H]`."""
+        """`[B, T, N, H]` out and, on request, the last document's state `[B, G, H, H]`.
+
+        A row's first document goes on with `initial_state` `[B, G, H, H]` where that is given;
+        every other one starts from `document_state` `[G, H, H]`. So a decoder passes both: the
+        state that it carries, None at first, and the one that documents start from.
+        """
 
 
 class SoftmaxAttention(Protocol):
@@ -47,8 +54,12 @@ class SoftmaxAttention(Protocol):
         scale: float,
         window: int | None,
         sequence: SequenceContext | None,
+        sinks: SinkKeys | None = None,
     ) -> Tensor:
-        """`[B, Tq, N, H]` out; `window` counts the visible keys, the query's own included."""
+        """`[B, Tq, N, H]` out; `window` counts the visible keys, the query's own included.
+
+        Every query sees all `sinks` besides, whatever its window and document.
+        """
 
 
 @dataclass(frozen=True, slots=True)

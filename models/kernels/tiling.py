@@ -98,13 +98,18 @@ class Masks:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """One tile, in the computing dtype; q holds the scale, the tail beyond T is zero."""
+    """One tile, in the computing dtype; q holds the scale, the tail beyond T is zero.
+
+    `document_state` `[G, H, H]` is what documents that begin in the tile start from (with masks
+    only); None is zero.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     log_decay: Tensor
     masks: Masks | None
+    document_state: Tensor | None = None
 
 
 def load(
@@ -112,6 +117,7 @@ def load(
     batch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
     where: Where,
     scale: float,
+    document_state: Tensor | None = None,
 ) -> Inputs:
     """Cut a tile out of `q, k, v, log_decay` `[B, T, heads, H]` and `document_ids` `[B, T]`."""
     q, k, v, log_decay, document_ids = batch
@@ -122,7 +128,7 @@ def load(
         for name, x in (("k", k), ("v", v), ("log_decay", log_decay))
     )
     masks = None if document_ids is None else _masks(document_ids, where)
-    return Inputs(queries.mul_(scale), keys, values, gates, masks)
+    return Inputs(queries.mul_(scale), keys, values, gates, masks, document_state)
 
 
 def load_heads(work: Workspace, name: str, x: Tensor, where: Where, groups: int) -> Tensor:

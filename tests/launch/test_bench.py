@@ -49,7 +49,8 @@ def test_the_hugging_face_baseline_has_the_sizes_of_our_full_attention_twin() ->
 
 def test_bfloat16_keeps_gates_and_norms_in_float32() -> None:
     model = build(setting(dtype=torch.bfloat16))
-    linear = [m for m in model.modules() if isinstance(m, GatedLinearAttention)]
+    mixers = [block.mixer for block in model.blocks if block.mixer is not None]
+    linear = [m for m in mixers if isinstance(m.branches[0].core, GatedLinearAttention)]
     assert linear
     for mixer in linear:
         assert mixer.gate_up.weight.dtype is torch.float32

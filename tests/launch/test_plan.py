@@ -88,16 +88,20 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 def test_the_json_holds_the_numbers(tmp_path: Path) -> None:
-    config = load("experiment=smoke", "parallel.pp=2", "plan.device=cpu")
+    config = load("experiment=smoke", "parallel.pp=2", "parallel.ep=2", "plan.device=cpu")
     _, record = _planned(config, device_facts(config.plan.device))
     again: dict[str, Any] = json.loads(json.dumps(record))
     (stage,) = again["stages"]
-    assert again["layout"]["pp"] == 2
+    assert (again["layout"]["pp"], again["layout"]["ep"]) == (2, 2)
+    assert again["layout"]["description"].startswith(
+        "pp 2 (one_f_one_b) x dp 2 (gradients) with ep 2, "
+    )
     assert [each["end_layer"] for each in again["pipeline_stages"]][-1] == 4
     held = sum(each["parameters"] for each in stage["memory"])
     assert held == parameter_count(config.model)
     assert stage["peak_bytes"] == max(each["peak"] for each in stage["memory"])
-    assert {each["kind"] for rank in stage["traffic"] for each in rank} == {"send"}
+    kinds = {each["kind"] for rank in stage["traffic"] for each in rank}
+    assert kinds == {"send", "all-gather", "reduce-scatter"}
     assert stage["time"]["tokens_per_second"] > 0
 
 
@@ -105,6 +109,8 @@ def test_the_given_layout_says_how_many_devices() -> None:
     assert wanted_devices(ParallelConfig(pp=2, tp=4)) == 8
     assert wanted_devices(ParallelConfig(dp=6)) == 6
     assert wanted_devices(ParallelConfig(dp_replicate=2, dp_shard=3, pp=2)) == 12
+    assert wanted_devices(ParallelConfig(pp=2, dp_replicate=6, ep=4)) == 24
+    assert wanted_devices(ParallelConfig(dp=16, ep=8)) == 16
 
 
 @pytest.mark.parametrize(

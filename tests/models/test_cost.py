@@ -11,6 +11,7 @@ from models.config import ModelConfig
 from models.expert_config import Balance, ExpertConfig
 from models.mixer_config import (
     BranchConfig,
+    BranchNorm,
     BranchProjections,
     FeatureMap,
     GateKind,
@@ -82,6 +83,8 @@ def test_routers_state_is_no_parameter_and_idle_experts_are_not_active() -> None
     whole = cost.parameter_count(config)
     assert whole - cost.parameter_count(tiny_config()) == 2 * (layer - dense)
     assert cost.parameter_count(with_bias) == whole
+    added = cost.new_parameter_count(with_bias) - cost.new_parameter_count(tiny_config())
+    assert added == 2 * 4 * config.hidden_size
     assert cost.active_parameter_count(config) == whole - 2 * 2 * one_expert
     met = cost.matrix_parameter_count(config) - cost.matrix_parameter_count(tiny_config())
     assert met == 2 * (4 * one_expert + 4 * config.hidden_size - dense)
@@ -121,6 +124,37 @@ def test_flops_equal_a_count_by_hand() -> None:
     linear = 2 * 4 * (2 + 1) + 2 * (2 * 8 / 2 * 2 * 2)
     expected = 3 * (2 * matrices + full + window + linear)
     assert cost.flops_per_token(config, 5.5, 2.5, linear_chunk_tokens=8) == expected
+
+
+def test_a_shared_output_projection_is_met_twice_where_branches_meet_after_it() -> None:
+    before, after = (
+        cost.matrix_parameter_count(
+            tiny_config(mixers="L+S S F _", branches=BranchConfig(norm=norm))
+        )
+        for norm in BranchNorm
+    )
+    assert after - before == 32 * 24
+    apart = [
+        cost.matrix_parameter_count(
+            tiny_config(
+                mixers="L+S S F _",
+                branches=BranchConfig(norm=norm, projections=BranchProjections.separate),
+            )
+        )
+        for norm in BranchNorm
+    ]
+    # q, k, v and o of the second branch.
+    assert apart == [before + (2 * 32 + 2 * 16) * 24] * 2
+
+
+def test_a_layer_mixes_for_each_of_its_branches() -> None:
+    alone = cost.flops_by_part(tiny_config(mixers="L S F _"), 7.0, 4.0)
+    both = cost.flops_by_part(tiny_config(mixers="L+S S+F _ _"), 7.0, 4.0)
+    linear, window, full = alone.linear[0], alone.softmax[1], alone.softmax[2]
+    assert (alone.softmax, alone.linear) == ((0, window, full, 0), (linear, 0, 0, 0))
+    assert both.softmax == (window, window + full, 0, 0)
+    assert both.linear == (linear, 0, 0, 0)
+    assert both.layers[0] == both.products[0] + window + linear
 
 
 def test_costs_of_parts_are_those_of_a_count_by_hand() -> None:

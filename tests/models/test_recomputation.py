@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
+from models.expert_config import ExpertConfig
+from models.mixer_config import (
+    BranchConfig,
+    BranchMerge,
+    BranchNorm,
+    BranchProjections,
+    FeatureMap,
+    GateKind,
+    LinearAttentionConfig,
+)
 from models.model import Model
 from models.recomputation import NOTHING, Recomputation
+from models.routing import Routing, RoutingRecorder
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
 from models.spiking.recorder import SpikeRecorder
@@ -18,6 +33,11 @@ from tests.models.tiny import packed, random_tokens, tiny_config, tiny_model
 from tests.support.kept_bytes import kept_bytes
 
 ALL = frozenset(range(4))
+MOE = ExpertConfig(
+    num_experts=3, top_k=2, intermediate_size=10, capacity_factor=0.75, z_loss_coefficient=0.1,
+    balance_coefficient=0.5,
+)  # fmt: skip
+CONFIG = tiny_config(qk_norm=True, ffns="d e d e", moe=MOE)
 KINDS = {
     "some blocks": Recomputation(blocks=frozenset({0, 2, 3})),
     "all blocks": Recomputation(blocks=ALL),
@@ -25,6 +45,12 @@ KINDS = {
     "activations": Recomputation(activations=ALL),
     "mixers": Recomputation(mixers=frozenset({0, 1, 2})),
     "all parts": Recomputation(norms=ALL, activations=ALL, mixers=frozenset({0, 1, 2})),
+    "experts": Recomputation(experts=frozenset({1, 3})),
+    "expert layers": Recomputation(expert_layers=frozenset({1, 3})),
+    "parts of experts": Recomputation(norms=ALL, activations=ALL, experts=frozenset({1, 3})),
+    "all": Recomputation(
+        norms=ALL, activations=ALL, mixers=frozenset({0, 1, 2}), expert_layers=frozenset({1, 3})
+    ),
     "mixed": Recomputation(
         blocks=frozenset({1}), norms=frozenset({0, 3}), mixers=frozenset({0, 2})
     ),
@@ -35,37 +61,66 @@ THROUGH = SpikingConfig(neuron=NeuronKind.adaptive, threshold_grad=ThresholdGrad
 SPIKING = {"off": OFF, "detached": DETACHED, "through": THROUGH}
 
 
+KEY_TIED = LinearAttentionConfig(
+    feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied, gate_offset=1.0, gate_floor=0.1
+)
+SINGLE: dict[str, dict[str, Any]] = {"one mixer": {}, "key-tied": {"linear": KEY_TIED}}
+MODELS = SINGLE | {
+    f"branches {projections.name} {norm.name}": {
+        "mixers": "L+S F+L S+F _",
+        "linear": LinearAttentionConfig() if norm is BranchNorm.before_output else KEY_TIED,
+        "branches": BranchConfig(projections=projections, norm=norm, merge=BranchMerge.learned),
+    }
+    for projections, norm in itertools.product(BranchProjections, BranchNorm)
+}
+
+
 def _step(
-    spiking: SpikingConfig, dtype: torch.dtype, recompute: Recomputation
+    name: str, spiking: SpikingConfig, dtype: torch.dtype, recompute: Recomputation
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor]]:
-    """Loss, gradients and spike statistics of packed documents."""
-    model = tiny_model(tiny_config(qk_norm=True), spiking=spiking, recompute=recompute, dtype=dtype)
+    """Loss, gradients and statistics, of spikes and routers, of packed documents."""
+    config = replace(CONFIG, **MODELS[name])
+    model = tiny_model(config, spiking=spiking, recompute=recompute, dtype=dtype)
     tokens, sequence = random_tokens(2, 14), packed([[4, 9, 1], [13, 1]])
-    recorder = SpikeRecorder(num_tokens=1000)
+    recorder, routers = SpikeRecorder(num_tokens=1000), RoutingRecorder()
+    routing = Routing(num_rows=2, num_tokens=28, recorder=routers)
     is_on = spiking.neuron is NeuronKind.adaptive
     spikes = Spikes(k=3.0, recorder=recorder) if is_on else None
-    loss = model(tokens, sequence, labels=tokens.roll(-1, dims=1), spikes=spikes)
+    labels = tokens.roll(-1, dims=1)
+    loss = model(tokens, sequence, labels=labels, spikes=spikes, routing=routing)
     gradients = torch.autograd.grad(loss, tuple(model.parameters()))
-    return loss.detach(), gradients, recorder.tensors()
+    recorded = recorder.tensors() | routers.tensors(rank=0, num_ranks=1)
+    return loss.detach(), gradients, recorded
 
 
 _expected = functools.cache(functools.partial(_step, recompute=NOTHING))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("spiking", SPIKING)
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_bit_changes_and_spikes_are_recorded_once(
-    kind: str, spiking: str, dtype: torch.dtype
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("one mixer", torch.float32), *((name, torch.float64) for name in MODELS)]
+)
+def test_no_bit_changes_and_statistics_are_recorded_once(
+    name: str, kind: str, spiking: str, dtype: torch.dtype
 ) -> None:
-    loss, gradients, sums = _step(SPIKING[spiking], dtype, KINDS[kind])
-    expected_loss, expected_gradients, expected_sums = _expected(SPIKING[spiking], dtype)
+    loss, gradients, sums = _step(name, SPIKING[spiking], dtype, KINDS[kind])
+    expected_loss, expected_gradients, expected_sums = _expected(name, SPIKING[spiking], dtype)
     assert torch.equal(loss, expected_loss)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
         assert torch.equal(gradient, expected)
     assert list(sums) == list(expected_sums)
-    assert bool(sums) == (spiking != "off")
+    own_outputs = 3 if name in (*SINGLE, "branches shared before_output") else 6
+    assert len(sums) == (2 if spiking == "off" else 2 + 3 + own_outputs + 4 * 2 + 2)
     assert all(torch.equal(sums[site], value) for site, value in expected_sums.items())
+
+
+def test_blocks_that_run_again_to_their_end_record_once() -> None:
+    """Torch stops as soon as it has what it needs, by default."""
+    with set_checkpoint_early_stop(False):
+        _, _, sums = _step(DETACHED, torch.float64, KINDS["all blocks"])
+    expected = _expected(DETACHED, torch.float64)[2]
+    assert all(torch.equal(sums[site], value) for site, value in expected.items())
 
 
 B, T = 2, 14
@@ -153,6 +208,42 @@ def test_another_recomputed_block_keeps_its_input_alone() -> None:
     assert kept[1] - kept[0] == B * T * D * FLOAT64
 
 
+E, K, M = 3, 2, B * T * 2
+"""Experts, choices of a token, rows of all experts."""
+INNER, SHARED = 10, 10
+EXPERTS = (
+    # Rows, gate, up, silu(gate) and the product of routed and shared experts; what experts return.
+    M * (D + 4 * INNER + D) + B * T * 4 * SHARED
+)
+SAVED_OF_EXPERTS = {
+    "norms": B * T * NORM + M * D,
+    "activations": M * 2 * INNER + B * T * 2 * SHARED,
+    "experts": EXPERTS,
+    # Scores, weights and choices; who goes where stays.
+    "expert_layers": EXPERTS + B * T * (E + K + K),
+}
+
+
+@pytest.mark.parametrize("kind", SAVED_OF_EXPERTS)
+def test_bytes_saved_in_expert_layers(kind: str) -> None:
+    moe = ExpertConfig(num_experts=E, top_k=K, intermediate_size=INNER)
+    config = tiny_config(mixers="_", ffns="e", moe=moe)
+    again = Recomputation(**{kind: frozenset({0})})
+    saved = _kept(config, NOTHING) - _kept(config, again)
+    assert saved == SAVED_OF_EXPERTS[kind] * FLOAT64
+
+
+def test_the_routers_wide_copy_goes_with_the_activations() -> None:
+    """bfloat16: the router reads its input, and here its weight, in float32."""
+    moe = ExpertConfig(num_experts=E, top_k=K, intermediate_size=INNER)
+    config = tiny_config(mixers="_", ffns="e", moe=moe)
+    kept = [
+        _kept(config, again, dtype=torch.bfloat16)
+        for again in (NOTHING, Recomputation(activations=frozenset({0})))
+    ]
+    assert kept[0] - kept[1] == 2 * SAVED_OF_EXPERTS["activations"] + 4 * (B * T + E) * D
+
+
 @pytest.mark.parametrize("kind", ["norms", "activations", "mixers"])
 def test_other_layers_keep_everything(kind: str) -> None:
     config = tiny_config(mixers="F F", ffns="d*2")
@@ -165,16 +256,17 @@ def test_other_layers_keep_everything(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_left_after_the_backward_pass(kind: str) -> None:
-    model = tiny_model(spiking=THROUGH, recompute=KINDS[kind])
+    model = tiny_model(CONFIG, spiking=THROUGH, recompute=KINDS[kind])
     tokens, sequence = random_tokens(B, T), SequenceContext.one_document_per_row(B, T)
     model(tokens, sequence)  # The rotary tables stay.
 
     def work() -> None:
-        loss = model(tokens, sequence, labels=tokens, spikes=Spikes(k=3.0))
+        routing = Routing(num_rows=B, num_tokens=B * T)
+        loss = model(tokens, sequence, labels=tokens, spikes=Spikes(k=3.0), routing=routing)
         torch.autograd.grad(loss, tuple(model.parameters()))
 
-    rotation = model.blocks[1].mixer._rotary._rotation
-    known = (*model.parameters(), tokens, rotation.cos, rotation.sin)
+    rotation = model.blocks[1].mixer.branches[0].core._rotary._rotation
+    known = (*model.parameters(), tokens, sequence.positions, rotation.cos, rotation.sin)
     assert kept_bytes(work, besides=known) == 0
 
 
@@ -191,6 +283,22 @@ def test_nothing_is_left_after_the_backward_pass(kind: str) -> None:
             r"recompute.mixers \(\[3\]\) must be layers with a mixer: got L",
         ),
         (
+            Recomputation(experts=frozenset({0, 1})),
+            r"recompute.experts \(\[0\]\) must be layers of experts: got d e d e",
+        ),
+        (
+            Recomputation(expert_layers=frozenset({2, 3})),
+            r"recompute.expert_layers \(\[2\]\) must be layers of experts: got d e d e",
+        ),
+        (
+            Recomputation(experts=frozenset({1, 3}), expert_layers=frozenset({3})),
+            r"recompute.expert_layers \(\[3\]\) must not be in experts too",
+        ),
+        (
+            Recomputation(blocks=frozenset({3}), expert_layers=frozenset({3})),
+            r"recompute.blocks \(\[3\]\) must not be named by another kind too",
+        ),
+        (
             Recomputation(blocks=frozenset({0, 1}), activations=frozenset({1, 2})),
             r"recompute.blocks \(\[1\]\) must not be named by another kind too",
         ),
@@ -198,4 +306,4 @@ def test_nothing_is_left_after_the_backward_pass(kind: str) -> None:
 )
 def test_layers_that_do_not_fit_are_refused(recompute: Recomputation, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Model(tiny_config(), recompute=recompute)
+        Model(CONFIG, recompute=recompute)

@@ -136,6 +136,37 @@ def test_an_argument_from_an_outer_block_is_not_kept() -> None:
         assert torch.equal(actual, wanted)
 
 
+def test_of_a_function_with_several_outputs_none_is_kept_and_all_come_back_at_once() -> None:
+    calls = Calls()
+    x, weights = operands()
+
+    def both(x: Tensor) -> tuple[Tensor, ...]:
+        return calls(x), x.sin()
+
+    def product(pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] * pair[1]
+
+    def loss(when: bool) -> Tensor:
+        with (
+            recomputed(both, x, when=when) as pair,
+            recomputed(product, pair, when=when) as y,
+        ):
+            nested = (y @ weights[0]).sum()
+        with recomputed(both, x, when=when) as (first, second):
+            read = (first @ weights[0]).sum() + (second.t()[1:4] * weights[1]).sum()
+        return nested + read
+
+    kept = {when: kept_bytes(lambda when=when: loss(when), besides=(x, *weights))
+            for when in (False, True)}  # fmt: skip
+    # Both outputs for each reader, the product; in the first pair their own gradients need no more.
+    assert kept[False] - kept[True] == 5 * ROWS * WIDTH * FLOAT64
+    expected = torch.autograd.grad(loss(False), (x, *weights))
+    calls.count = 0
+    actual = torch.autograd.grad(loss(True), (x, *weights))
+    assert calls.count == 4
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 class Scale(nn.Module):
     """A module with a parameter, called through its hooks."""
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.kernels import SinkKeys
 from models.reference import linear_attention, softmax_attention
 from tests.models.tiny import packed
 from tests.support.closeness import assert_close
@@ -63,6 +64,29 @@ def test_the_recurrence_restarts_with_each_document() -> None:
         assert_close(final[row], ending[0], relative=1e-14)
 
 
+def test_every_document_starts_from_the_given_state_and_the_first_goes_on() -> None:
+    q, k, v, log_decay = _linear_inputs(2, 9)
+    start = torch.randn(2, 3, 3, dtype=torch.float64)
+    state = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    lengths = [[4, 5], [1, 8]]
+    for initial in (None, state):
+        out, final = linear_attention(
+            q, k, v, log_decay, scale=0.5, sequence=packed(lengths), initial_state=initial,
+            document_state=start, output_final_state=True,
+        )  # fmt: skip
+        assert final is not None
+        for row, (first, _) in enumerate(lengths):
+            entering = start[None] if initial is None else initial[row : row + 1]
+            for where, given in ((slice(0, first), entering), (slice(first, 9), start[None])):
+                inputs = [x[row : row + 1, where] for x in (q, k, v, log_decay)]
+                alone, ending = linear_attention(
+                    *inputs, scale=0.5, sequence=None, initial_state=given, output_final_state=True
+                )
+                assert_close(out[row : row + 1, where], alone, relative=1e-14)
+            assert ending is not None
+            assert_close(final[row], ending[0], relative=1e-14)
+
+
 def test_no_final_state_unless_asked() -> None:
     assert linear_attention(*_linear_inputs(1, 2), scale=1.0, sequence=None)[1] is None
 
@@ -95,3 +119,31 @@ def test_fewer_queries_than_keys_are_the_last_queries(window: int | None) -> Non
     whole = softmax_attention(q, k, v, scale=1.0, window=window, sequence=None)
     tail = softmax_attention(q[:, 6:], k, v, scale=1.0, window=window, sequence=None)
     assert_close(tail, whole[:, 6:], relative=1e-14)
+
+
+@pytest.mark.parametrize("own_queries", [False, True])
+def test_sinks_are_visible_to_all_queries_of_all_documents(own_queries: bool) -> None:
+    torch.manual_seed(0)
+    q, own = (torch.randn(2, 7, 4, 6, dtype=torch.float64) for _ in range(2))
+    k, v = (torch.randn(2, 7, 2, 6, dtype=torch.float64) for _ in range(2))
+    sink_k, sink_v = (torch.randn(3, 2, 6, dtype=torch.float64) for _ in range(2))
+    lengths, window = [[3, 4], [6, 1]], 2
+    sinks = SinkKeys(sink_k, sink_v, own if own_queries else None)
+    out = softmax_attention(
+        q, k, v, scale=0.3, window=window, sequence=packed(lengths), sinks=sinks
+    )
+    scoring = own if own_queries else q
+    for row, (first, _) in enumerate(lengths):
+        for query in range(7):
+            start = max(0 if query < first else first, query - window + 1)
+            for head in range(4):
+                group, seen = head // 2, slice(start, query + 1)
+                scores = torch.cat(
+                    [
+                        k[row, seen, group] @ q[row, query, head],
+                        sink_k[:, group] @ scoring[row, query, head],
+                    ]
+                )
+                values = torch.cat([v[row, seen, group], sink_v[:, group]])
+                expected = (0.3 * scores).softmax(0) @ values
+                assert_close(out[row, query, head], expected, relative=1e-13)

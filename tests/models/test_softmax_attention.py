@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from models.layer_pattern import MixerKind
+from models.mixer import Mixer
 from models.sequence import SequenceContext
 from models.softmax_attention import KeyValueCache, SoftmaxAttention
 from tests.models.tiny import packed, tiny_config, tiny_model
 from tests.support.closeness import assert_close
 
 
-def _mixer(window: int = 5, *, kind: MixerKind = MixerKind.sliding_window) -> SoftmaxAttention:
+def _mixer(window: int = 5, *, kind: MixerKind = MixerKind.sliding_window) -> Mixer:
     config = tiny_config(mixers=kind.value, ffns="d", window_tokens=window, qk_norm=True)
     mixer = tiny_model(config).blocks[0].mixer
-    assert isinstance(mixer, SoftmaxAttention)
+    assert mixer is not None
+    assert isinstance(mixer.branches[0].core, SoftmaxAttention)
     return mixer
 
 
@@ -47,9 +49,9 @@ def test_packed_documents_attend_as_if_alone() -> None:
 
 def test_the_first_token_of_a_document_sees_itself_only() -> None:
     mixer, x = _mixer(), _x(6)
-    encoded = mixer.attend(x, packed([[3, 3], [6]]))
-    _, _, v = mixer.project(x)
-    assert_close(encoded[0, 3], v[0, 3].repeat_interleave(2, dim=0), relative=1e-12)
+    (heads,) = mixer.attend(x, packed([[3, 3], [6]]))
+    _, _, v = mixer.branches[0].projections.project(x)
+    assert_close(heads[0, 3], v[0, 3].repeat_interleave(2, dim=0), relative=1e-12)
 
 
 @pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 6], [12], [3, 3, 1, 1, 4], [1, 11]])

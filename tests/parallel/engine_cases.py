@@ -5,7 +5,7 @@ What such a run must compute is in `engine_oracle`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
+from models.expert_config import ExpertConfig
 from models.initialisation import tensor_for
 from models.layouts import parameter_layouts
 from models.lesson import Goals
-from models.mixer_config import LinearAttentionConfig
+from models.mixer_config import BranchConfig, FeatureMap, GateKind, LinearAttentionConfig
 from models.model import Model
 from models.recomputation import Recomputation
 from models.spiking.neurons import Spikes
@@ -58,11 +59,15 @@ class Case:
     """One way to compute the same run; `oracle` drops everything that must not matter.
 
     `is_cuttable` takes a deeper model, whose heads and channels four ranks can share out.
-    `recompute` drops the first two blocks, `selective` norms, activations and mixers of all.
+    `recompute` drops the first two blocks, `selective` norms, activations and mixers of all, and of
+    experts one layer whole and what others do inside. `branches` makes every mixer of the cuttable
+    model two parallel ones with a key-tied gate, `moe` every other layer one of experts, whose
+    routers start at zero with `ties`.
     """
 
     parallel: ParallelConfig = ParallelConfig()
     is_cuttable: bool = False
+    branches: BranchConfig | None = None
     microbatch_rows: int = ROWS
     recompute: bool = False
     selective: bool = False
@@ -74,6 +79,8 @@ class Case:
     teacher: Goals | None = None
     offload: bool = False
     precision: Precision = Precision.fp64
+    moe: ExpertConfig | None = None
+    ties: bool = False
 
     def oracle(self) -> Case:
         return Case(
@@ -84,6 +91,9 @@ class Case:
             through=self.through,
             teacher=self.teacher,
             is_cuttable=self.is_cuttable,
+            branches=self.branches,
+            moe=self.moe,
+            ties=self.ties,
         )
 
 
@@ -96,19 +106,26 @@ class Rows:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run computed: numbers of every step, gradients of the first, final parameters."""
+    """What one run computed: numbers of every step, gradients of the first, final parameters.
+
+    `routing` are the metrics of expert layers.
+    """
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
     statistics: dict[str, float]
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
+    routing: tuple[dict[str, float], ...]
 
 
 def config_of(case: Case) -> ModelConfig:
     """Sizes that no number of ranks divides; the gate has fewer rows than four ranks."""
     if case.is_cuttable:
-        return cuttable_config(case)
+        config = cuttable_config(case)
+        if case.moe is None:
+            return config
+        return replace(config, ffns="[d e]*2", ffn_bias=False, moe=case.moe)
     return ModelConfig(
         vocab_size=61,
         hidden_size=18,
@@ -137,6 +154,13 @@ def cuttable_config(case: Case) -> ModelConfig:
     linear = LinearAttentionConfig(gate_low_rank_dim=3)
     if case.precision is Precision.fp32:
         linear = replace(linear, norm_eps=1e-2)
+    mixers = "L S F L"
+    if case.branches is not None:
+        mixers = "[L+S L+F]*2"
+        linear = replace(
+            linear, feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied, gate_offset=1.0,
+            gate_floor=0.05,
+        )  # fmt: skip
     return ModelConfig(
         vocab_size=61,
         hidden_size=24,
@@ -144,8 +168,9 @@ def cuttable_config(case: Case) -> ModelConfig:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=4,
-        mixers="L S F L",
+        mixers=mixers,
         ffns="d*4",
+        branches=case.branches or BranchConfig(),
         qkv_bias=True,
         output_bias=True,
         ffn_bias=True,
@@ -209,7 +234,7 @@ def share_of(rows: Rows, rank: int, size: int, microbatch_rows: int) -> list[Row
 
 def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEngine:
     config = config_of(case)
-    names = list(parameter_layouts(config))
+    names = trainable(config)
     spec = TeacherSpec(teacher_config(case), case.teacher or Goals(0, 0, 1), case.offload)
     engine = TorchEngine(
         config,
@@ -225,6 +250,9 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
         teacher=None if case.teacher is None else spec,
         loss_chunk_tokens=16,
     )
+    if case.ties:
+        for name in routers(engine.parameters):
+            engine.parameters[name].local.zero_()
     if engine.teacher is not None:
         weights = dict(teacher_model(case).named_parameters())
         for name, box in engine.teacher.parameters.items():
@@ -232,10 +260,27 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
     return engine
 
 
+def routers(names: Iterable[str]) -> list[str]:
+    """Those that give experts their scores."""
+    return [name for name in names if name.endswith("router.weight")]
+
+
+def trainable(config: ModelConfig) -> list[str]:
+    """Parameters with a gradient."""
+    return [name for name, layout in parameter_layouts(config).items() if not layout.is_state]
+
+
 def recomputation_of(case: Case, config: ModelConfig) -> Recomputation:
     layers = frozenset(range(config.num_hidden_layers))
     if case.selective:
-        return Recomputation(norms=layers, activations=layers, mixers=layers)
+        experts = frozenset({1, 3}) if case.moe else frozenset()
+        return Recomputation(
+            norms=layers,
+            activations=layers,
+            mixers=layers,
+            expert_layers=experts & {1},
+            experts=experts & {3},
+        )
     return Recomputation(blocks=frozenset({0, 1}) if case.recompute else frozenset())
 
 
@@ -243,29 +288,35 @@ def train_step(
     engine: TorchEngine, case: Case, step: int, recorder: SpikeRecorder | None = None
 ) -> float:
     """Forward and backward of one step; returns its loss."""
+    return step_metrics(engine, case, step, recorder)["loss"]
+
+
+def step_metrics(
+    engine: TorchEngine, case: Case, step: int, recorder: SpikeRecorder | None = None
+) -> dict[str, float]:
+    """Forward and backward of one step; returns all that the engine says of it."""
     mine = share_of(rows_of(step), engine.mesh.dp_rank, engine.mesh.dp_size, case.microbatch_rows)
     mine_targets = sum(int((m.labels != -100).sum()) for m in mine)
     targets = engine.sum_over_ranks(torch.tensor([mine_targets], dtype=torch.float64))
-    losses = engine.forward_backward(
-        mine, num_targets=int(targets), spikes=spikes_of(case, recorder)
-    )
-    return losses["loss"]
+    return engine.forward_backward(mine, num_targets=int(targets), spikes=spikes_of(case, recorder))
 
 
 def train(engine: TorchEngine, case: Case, *, first: int = 0, last: int = STEPS) -> Run:
-    losses, norms = [], []
+    losses, norms, routing = [], [], []
     gradients: dict[str, Tensor] = {}
     statistics: dict[str, float] = {}
     for step in range(first, last):
         recorder = SpikeRecorder(STATISTICS_TOKENS) if step == first else None
-        losses.append(train_step(engine, case, step, recorder))
+        found = step_metrics(engine, case, step, recorder)
+        losses.append(found["loss"])
+        routing.append({name: value for name, value in found.items() if name.startswith("moe/")})
         if recorder is not None:
             gradients = gather(engine.mesh, engine.gradients())
             recorder.load(engine.sum_by_name(recorder.tensors()))
             statistics = statistics_of(recorder)
         norms.append(engine.clip_and_step(LEARNING_RATE))
     final = gather(engine.mesh, engine.parameters)
-    return Run(tuple(losses), tuple(norms), statistics, gradients, final)
+    return Run(tuple(losses), tuple(norms), statistics, gradients, final, tuple(routing))
 
 
 def gather(mesh: Mesh, boxes: dict[str, Box]) -> dict[str, Tensor]:
@@ -297,8 +348,9 @@ def statistics_of(recorder: SpikeRecorder) -> dict[str, float]:
 
 def teacher_config(case: Case) -> ModelConfig:
     """A plain Transformer of the student's sizes with a head of its own."""
-    mixers = f"F*{config_of(case).num_hidden_layers}"
-    return replace(config_of(case), mixers=mixers, tie_word_embeddings=False)
+    layers = config_of(case).num_hidden_layers
+    mixers, ffns = f"F*{layers}", f"d*{layers}"
+    return replace(config_of(case), mixers=mixers, ffns=ffns, tie_word_embeddings=False)
 
 
 def teacher_model(case: Case) -> Model:

@@ -1,7 +1,7 @@
 """What the engine's tiny training runs must compute: the plain model with plain torch.
 
 No engine and no ranks: whole rows in one pass, one long gradient vector, torch's optimizer on whole
-parameters.
+parameters, every expert on every token.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from torch import Tensor
 
 from models.initialisation import tensor_for
 from models.model import Model
+from models.routing import Routing
 from models.sequence import SequenceContext
 from models.spiking.recorder import SpikeRecorder
 from parallel.engine import ParamGroup
+from tests.models.dense_experts import DenseExperts, made_dense, move_states
 from tests.parallel.engine_cases import (
     LEARNING_RATE,
+    ROWS,
     SEED,
     STATISTICS_TOKENS,
     STEPS,
+    TOKENS,
     Case,
     Rows,
     Rule,
@@ -28,34 +32,41 @@ from tests.parallel.engine_cases import (
     Run,
     config_of,
     groups_of,
+    routers,
     rows_of,
     share_of,
     spikes_of,
     spiking_of,
     statistics_of,
     teacher_model,
+    trainable,
 )
+
+ROUTING = Routing(num_rows=ROWS, num_tokens=ROWS * TOKENS)
 
 
 def oracle(case: Case) -> Run:
     """The same run by the plain model in one pass a step."""
     model = plain_model(case)
-    groups = groups_of(case, list(model.layouts()))
+    experts = made_dense(model)
+    groups = groups_of(case, trainable(model.config))
     parameters = dict(model.named_parameters())
     trained = [parameters[name] for group in groups for name in group.names]
     optimizer = _plain_optimizer(case.rule, groups, parameters)
-    losses, norms = [], []
+    losses, norms, routing = [], [], []
     gradients: dict[str, Tensor] = {}
     for step in range(STEPS):
         rows = rows_of(step)
         sequence = SequenceContext.from_document_ids(rows.document_ids)
-        loss = model(rows.tokens, sequence, labels=rows.labels, spikes=spikes_of(case))
+        loss = model(
+            rows.tokens, sequence, labels=rows.labels, spikes=spikes_of(case), routing=ROUTING
+        )
         loss = loss / (rows.labels != -100).sum()
         model.zero_grad()
-        total = loss
+        total = loss + sum(sum(layer.losses) for layer in experts)
         if case.teacher is not None:
             extra = learned(model, teacher_model(case), rows, sequence, case)
-            total = loss + extra / (rows.labels != -100).sum()
+            total = total + extra / (rows.labels != -100).sum()
         total.backward()
         if step == 0:
             gradients = {
@@ -68,8 +79,24 @@ def oracle(case: Case) -> Run:
                 parameter.grad *= case.rule.clip_norm / norm
         losses.append(float(loss.detach()))
         optimizer.step()
+        routing.append(_routing_metrics(experts))
+        move_states(experts)
     final = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    return Run(tuple(losses), tuple(norms), {}, gradients, final)
+    return Run(tuple(losses), tuple(norms), {}, gradients, final, tuple(routing))
+
+
+def _routing_metrics(experts: Sequence[DenseExperts]) -> dict[str, float]:
+    """Those that follow from what the dense layers keep."""
+    metrics = {}
+    for layer in experts:
+        loads = layer.counts / layer.counts.sum()
+        metrics[f"moe/{layer.layer}/load_max"] = float(loads.max())
+        metrics[f"moe/{layer.layer}/load_min"] = float(loads.min())
+        metrics[f"moe/{layer.layer}/dead_experts"] = float((loads == 0).sum())
+    if experts:
+        metrics["moe/balance_loss"] = sum(float(layer.losses[0].detach()) for layer in experts)
+        metrics["moe/z_loss"] = sum(float(layer.losses[1].detach()) for layer in experts)
+    return metrics
 
 
 def _plain_optimizer(
@@ -95,7 +122,7 @@ def oracle_statistics(case: Case) -> dict[str, float]:
     recorder = SpikeRecorder(STATISTICS_TOKENS)
     for rows in share_of(rows_of(0), 0, 1, case.microbatch_rows):
         sequence = SequenceContext.from_document_ids(rows.document_ids)
-        model(rows.tokens, sequence, spikes=spikes_of(case, recorder))
+        model(rows.tokens, sequence, spikes=spikes_of(case, recorder), routing=ROUTING)
     return statistics_of(recorder)
 
 
@@ -134,4 +161,7 @@ def plain_model(case: Case) -> Model:
     layouts = model.layouts()
     for name, parameter in model.named_parameters():
         parameter.data.copy_(tensor_for(name, layouts[name], config, SEED))
+    if case.ties:
+        for name in routers(layouts):
+            model.get_parameter(name).data.zero_()
     return model

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.expert_config import Balance, ExpertConfig
 from parallel.backend.cpu import CpuBackend
 from parallel.boxes import Box
 from parallel.checkpoint import load, read_manifest, read_tensors, save, tensor_shapes
@@ -38,6 +39,24 @@ CASES = {
     "fp32": Case(parallel=LEVELS[Shard.parameters], precision=Precision.fp32, microbatch_rows=1),
     "bf16": Case(parallel=LEVELS[Shard.gradients], precision=Precision.bf16, microbatch_rows=1),
     "none": Case(parallel=LEVELS[Shard.none]),
+    "bias": Case(
+        parallel=LEVELS[Shard.gradients],
+        is_cuttable=True,
+        moe=ExpertConfig(num_experts=5, balance=Balance.bias, bias_update_rate=0.05),
+    ),
+    "previous step": Case(
+        parallel=LEVELS[Shard.parameters],
+        is_cuttable=True,
+        microbatch_rows=2,
+        moe=ExpertConfig(num_experts=5, balance=Balance.previous_step, capacity_factor=1.5),
+    ),
+    "bf16 experts": Case(
+        parallel=LEVELS[Shard.gradients],
+        is_cuttable=True,
+        precision=Precision.bf16,
+        microbatch_rows=2,
+        moe=ExpertConfig(num_experts=5, balance=Balance.previous_step, top_k=2),
+    ),
     "sgd": Case(rule=Rule(RuleName.sgd), frozen=True),
 }
 
@@ -125,6 +144,22 @@ def test_what_a_checkpoint_holds(saved: tuple[Path, dict[str, Any]]) -> None:
     assert not [key for key in tensor_shapes(folder / "sgd") if key.startswith("optimizer/")]
     assert {tensor.dtype for _, tensor in read_tensors(folder / "bf16")} == {torch.float32}
     assert {tensor.dtype for _, tensor in read_tensors(folder / "fp64")} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "first"),
+    [("bias", "selection_bias", 0.0), ("previous step", "previous_load", 0.2)],
+)
+def test_what_routers_remember_is_in_the_checkpoint(
+    saved: tuple[Path, dict[str, Any]], case: str, name: str, first: float
+) -> None:
+    """It has moved by then, and has no optimizer state."""
+    tensors = saved[1][case][0]
+    for layer in (1, 3):
+        state = f"blocks.{layer}.ffn.router.{name}"
+        assert tensors[f"model/{state}"].shape == (5,)
+        assert float((tensors[f"model/{state}"] - first).abs().max()) > 1e-3
+        assert not [key for key in tensors if key.startswith("optimizer/") and key.endswith(state)]
 
 
 def test_weights_written_after_an_evaluation_are_used() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.expert_config import Balance, ExpertConfig
+from models.mixer_config import BranchConfig, BranchMerge, BranchNorm
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import TorchEngine
+from parallel.fully_sharded import shard_dim
 from parallel.mesh import Mesh, close, init
 from tests.parallel.engine_cases import LEVELS, ROWS, Case, build_engine, train_step
 from tests.support.closeness import assert_close
@@ -101,7 +105,19 @@ def look_at_levels(rank: int, world_size: int) -> dict[str, Any]:
             collectives_of(mesh, Case(parallel=LEVELS[shard], microbatch_rows=rows))
             for rows in (ROWS // 2, ROWS // 4)
         ]
+        experts = Case(
+            parallel=LEVELS[shard],
+            is_cuttable=True,
+            precision=Precision.bf16,
+            moe=ExpertConfig(num_experts=4, balance=Balance.bias),
+        )
+        engine = build_engine(mesh, experts)
+        results[f"{shard.name} expert dtypes"] = dtypes_inside_forward(engine, experts)
         wide = Case(parallel=LEVELS[shard], precision=Precision.fp32)
+        branches = replace(case, is_cuttable=True, branches=BRANCHES)
+        mesh = init(CpuBackend(), case.parallel)
+        found = dtypes_inside_forward(build_engine(mesh, branches), branches)
+        results[f"{shard.name} dtypes of branches"] = found
         results[f"{shard.name} fp32 loss"] = train_step(build_engine(mesh, wide), wide, 0)
     return results
 
@@ -136,7 +152,8 @@ def test_one_process_pays_for_no_mean() -> None:
         close(mesh)
 
 
-FLOAT32 = ("norm.weight", "gate_down.weight", "gate_up.weight", "gate_up.bias")
+FLOAT32 = ("norm.weight", "gate_down.weight", "gate_up.weight", "gate_up.bias", "merge.weight")
+BRANCHES = BranchConfig(norm=BranchNorm.after_output, merge=BranchMerge.learned)
 
 
 @pytest.mark.parametrize("shard", [shard.name for shard in Shard])
@@ -153,8 +170,44 @@ def test_norms_and_gates_act_in_float32(levels: dict[str, Any], shard: str) -> N
 
 
 @pytest.mark.parametrize("shard", [shard.name for shard in Shard])
+def test_norms_and_weights_of_branches_act_in_float32(levels: dict[str, Any], shard: str) -> None:
+    seen: dict[str, torch.dtype] = levels[f"{shard} dtypes of branches"]
+    float32 = {name for name, dtype in seen.items() if dtype is torch.float32}
+    assert {"blocks.0.mixer.merge.weight", "blocks.1.mixer.full.output_norm.weight"} < float32
+    assert float32 == {name for name in seen if name.endswith(FLOAT32)}
+    assert set(seen.values()) == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize("shard", [shard.name for shard in Shard])
+def test_routers_act_in_float32(levels: dict[str, Any], shard: str) -> None:
+    seen: dict[str, torch.dtype] = levels[f"{shard} expert dtypes"]
+    experts = {name: dtype for name, dtype in seen.items() if name.startswith("blocks.1.ffn.")}
+    assert len(experts) == 8
+    for name, dtype in experts.items():
+        assert dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("shard", [shard.name for shard in Shard])
 def test_masters_and_gradients_are_float32(levels: dict[str, Any], shard: str) -> None:
     assert levels[f"{shard} at rest"] == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_shards", "dim"),
+    [
+        ((4, 12, 24), 2, 0),
+        ((3, 12, 24), 2, 1),
+        ((2, 1408, 3584), 16, 1),
+        ((3, 9, 24), 2, 0),
+        ((6, 24, 9), 4, 1),
+        ((5, 24), 4, 0),
+        ((7,), 4, 0),
+    ],
+)
+def test_matrices_that_ranks_cannot_share_out_are_cut_themselves(
+    shape: tuple[int, ...], num_shards: int, dim: int
+) -> None:
+    assert shard_dim(shape, num_shards) == dim
 
 
 def test_rows_at_rest_and_after_forward(levels: dict[str, Any]) -> None:

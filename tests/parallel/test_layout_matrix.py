@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from models.lesson import Goals
+from models.mixer_config import BranchConfig, BranchMerge, BranchNorm, BranchProjections
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.mesh import init
@@ -42,6 +43,15 @@ def case(*, rows: int = 2, **axes: Any) -> Case:
 INTERLEAVED = {"pp": 2, "schedule": PipelineSchedule.interleaved}
 ZERO_BUBBLE = {"pp": 2, "schedule": PipelineSchedule.zero_bubble}
 TEACHER = Goals(kl=0.5, hidden=0.25, temperature=2.0)
+SHARED = BranchConfig()
+LEARNED = BranchConfig(merge=BranchMerge.learned)
+AFTER = BranchConfig(merge=BranchMerge.learned, norm=BranchNorm.after_output)
+SEPARATE = BranchConfig(merge=BranchMerge.mean, projections=BranchProjections.separate)
+APART = BranchConfig(
+    merge=BranchMerge.learned,
+    norm=BranchNorm.after_output,
+    projections=BranchProjections.separate,
+)
 TWO: dict[str, Case] = {
     "tp2": case(tp=2),
     "tp2 tied": case(tp=2, tied=True),
@@ -78,6 +88,23 @@ TWO: dict[str, Case] = {
     "pp2 teacher": case(pp=2, teacher=TEACHER),
     "pp2 interleaved teacher tied": case(**INTERLEAVED, teacher=TEACHER, tied=True),
     "pp2 zero bubble teacher": case(**ZERO_BUBBLE, teacher=TEACHER),
+    "tp2 branches": case(tp=2, branches=LEARNED),
+    "tp2 branches separate": case(tp=2, branches=SEPARATE),
+    "tp2 branches after": case(tp=2, branches=AFTER),
+    "tp2 branches sequence": case(tp=2, branches=LEARNED, sequence_parallel=True),
+    "tp2 branches sequence after selective": case(
+        tp=2, branches=AFTER, sequence_parallel=True, selective=True
+    ),
+    "tp2 branches sequence apart through": case(
+        tp=2, branches=APART, sequence_parallel=True, through=True
+    ),
+    "pp2 branches": case(pp=2, branches=SHARED),
+    "pp2 branches zero bubble after": case(**ZERO_BUBBLE, branches=AFTER),
+    "pp2 branches apart recomputed": case(pp=2, branches=APART, recompute=True),
+    "dp2 branches": case(branches=SHARED),
+    "dp2 branches parameters apart selective": case(
+        branches=APART, shard=Shard.parameters, selective=True
+    ),
     "tp2 float32": case(tp=2, precision=Precision.fp32, spiking=False),
     "pp2 float32": case(pp=2, precision=Precision.fp32, spiking=False),
     "dp2 float32": case(precision=Precision.fp32, spiking=False),
@@ -94,6 +121,9 @@ FOUR: dict[str, Case] = {
     "hsdp 2x2 parameters": case(dp_replicate=2, shard=Shard.parameters),
     "tp2 pp2": case(tp=2, pp=2),
     "tp2 pp2 sequence tied": case(tp=2, pp=2, sequence_parallel=True, tied=True),
+    "tp2 pp2 branches sequence apart": case(
+        tp=2, pp=2, branches=APART, sequence_parallel=True, rows=1
+    ),
     "tp2 dp2": case(tp=2),
     "tp2 dp2 sequence parameters": case(tp=2, sequence_parallel=True, shard=Shard.parameters),
     "pp2 dp2": case(pp=2),
@@ -119,6 +149,7 @@ QUICK = {
     "float32", "tp2 float32", "tp2", "tp2 sequence tied recomputed",
     "pp2 gpipe", "pp2 interleaved tied", "pp2 zero bubble virtual", "tp2 pp2 sequence tied",
     "dp2 none", "dp2 teacher", "dp2 parameters selective", "hsdp 2x2 parameters",
+    "tp2 branches sequence", "pp2 branches", "dp2 branches parameters apart selective",
 }  # fmt: skip
 """For `make check`: every axis, shard level, schedule and kind of recomputation, and a teacher."""
 NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]

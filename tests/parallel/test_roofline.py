@@ -125,6 +125,22 @@ def test_a_ring_is_as_fast_as_its_slowest_link() -> None:
     assert clock.seconds(traffic) == pytest.approx(0.5 + 1.0 + 3 * 0.25)
 
 
+def test_rows_of_experts_stay_within_their_part_of_dp() -> None:
+    device = replace(FAST, link_bandwidth=2e9, network_bandwidth=1e9, devices_per_node=4)
+    given = Assignment.of(job_of(), layout_of(dp_shard=8, dp_replicate=2, tp=2, ep=2))
+    clock = _Clock(given, device, PERFECT, 1e12, job_flops(job_of()))
+
+    def seconds(kind: Kind, axis: str) -> float:
+        return clock.seconds([Traffic("", kind, axis, 1, 10**9)])
+
+    # ep and tp share a node, the four shards of an expert and the two copies reach out of it.
+    assert seconds(Kind.all_to_all, "ep") == pytest.approx(1 / 2 / 2)
+    assert seconds(Kind.all_gather, "edp_shard") == pytest.approx(3 / 4)
+    assert seconds(Kind.all_reduce, "edp_replicate") == pytest.approx(2 * 1 / 2)
+    over_copies = Assignment.of(job_of(), layout_of(dp_shard=2, dp_replicate=4, ep=4)).layout
+    assert (over_copies.edp_replicate, over_copies.edp_shard) == (2, 1)
+
+
 def test_forward_passes_of_the_7b_take_what_the_report_measured() -> None:
     # SpikingBrain report, table 9: tokens a second, batch 1, forward only.
     published = {
@@ -144,6 +160,19 @@ def test_forward_passes_of_the_7b_take_what_the_report_measured() -> None:
             clock = _Clock(given, device, EFFICIENCY, peak, job_flops(job))
             forward, _, _ = clock._computing(given.stage_bytes[0])
             assert length / forward == pytest.approx(rate, rel=0.05)
+
+
+def test_branches_take_the_time_of_both_kernels() -> None:
+    job = job_of(model={"mixers": "L+S F+L S _"})
+    given, flops = Assignment.of(job, layout_of()), job_flops(job)
+
+    def forward(efficiency: Efficiency) -> float:
+        return _Clock(given, FAST, efficiency, 1e12, flops)._computing(given.stage_bytes[0])[0]
+
+    tokens, perfect = given.work.tokens, forward(PERFECT)
+    for kernel in ("softmax", "linear"):
+        slower = forward(replace(PERFECT, **{kernel: 0.5})) - perfect
+        assert slower == pytest.approx(tokens * sum(getattr(flops, kernel)) / 3 / 1e12, rel=1e-6)
 
 
 def test_a_precision_without_a_peak_has_no_time() -> None:

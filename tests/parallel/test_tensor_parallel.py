@@ -12,6 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.expert_config import ExpertConfig
+from models.grouped_linear import Groups
+from models.layers import LayerProvider, LocalLayers
 from models.spiking.channels import TokenShare, mean_abs
 from parallel.config import ParallelConfig
 from parallel.tensor_parallel import (
@@ -133,9 +136,45 @@ def channel_mean(rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return mean.detach(), gradient, low
 
 
+COUNTS = [5, 0, 7]
+EXPERT_WEIGHTS = {
+    "gate_proj.weight": normal(6, len(COUNTS), OUT, IN),
+    "up_proj.weight": normal(7, len(COUNTS), OUT, IN),
+    "down_proj.weight": normal(8, len(COUNTS), IN, OUT),
+}
+
+
+class ExpertRegion(nn.Module):
+    """Experts between the borders of their region, the first tokens to the first expert."""
+
+    def __init__(self, provider: LayerProvider) -> None:
+        super().__init__()
+        self.provider = provider
+        self.experts = provider.experts(
+            len(COUNTS), IN, OUT, neuron=None, layer=0, activations_again=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        entered = self.provider.enter(x)
+        out = self.experts(entered.flatten(0, 1), Groups(torch.tensor(COUNTS)))
+        return self.provider.leave(out.view_as(entered))
+
+
+def experts(rank: int, *, sequence_parallel: bool) -> Result:
+    region = ExpertRegion(layers(sequence_parallel=sequence_parallel)).double()
+    for name, value in EXPERT_WEIGHTS.items():
+        dim = 2 if name.startswith("down") else 1
+        filled(region.experts, **{name: share(value, dim, rank)})
+    x, gradient = (
+        stream(values, rank, sequence_parallel=sequence_parallel) for values in (X, STREAM_GRADIENT)
+    )
+    return run_layer(region, x, gradient)
+
+
 def all_layers(rank: int, world_size: int) -> dict[str, Any]:
     results: dict[str, Any] = {"column": column_linear(rank), "mean": channel_mean(rank)}
     for split, mode in MODES:
+        results[f"experts {mode}"] = experts(rank, sequence_parallel=split)
         results[f"row {mode}"] = row_linear(rank, sequence_parallel=split, bias=True)
         results[f"row without bias {mode}"] = row_linear(rank, sequence_parallel=split, bias=False)
         for name, multiple in MULTIPLES.items():
@@ -203,6 +242,26 @@ def test_a_column_linear_holds_its_rows_of_weight_and_bias(results: list[dict[st
     assert_close(sum(parts), expected.gradients["x"], relative=1e-14, name="x")
 
 
+@pytest.mark.parametrize(("split", "mode"), MODES)
+def test_experts_are_cut_by_their_inner_channels(
+    results: list[dict[str, Any]], split: bool, mode: str
+) -> None:
+    region = ExpertRegion(LocalLayers()).double()
+    filled(region.experts, **EXPERT_WEIGHTS)
+    expected = run_layer(region, X, STREAM_GRADIENT)
+    for rank, result in enumerate(results):
+        found: Result = result[f"experts {mode}"]
+        assert found.gradients.keys() == expected.gradients.keys()
+        for name, whole in (("x", expected.gradients["x"]), ("output", expected.out)):
+            value = found.out if name == "output" else found.gradients["x"]
+            held = stream(whole, rank, sequence_parallel=split)
+            assert_close(value, held, relative=1e-14, name=name)
+        for name, dim in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 2)):
+            name = f"experts.{name}.weight"
+            gradient = share(expected.gradients[name], dim, rank)
+            assert_close(found.gradients[name], gradient, relative=1e-14, name=name)
+
+
 @pytest.mark.parametrize("name", MULTIPLES)
 @pytest.mark.parametrize(("split", "mode"), MODES)
 def test_an_embedding_finds_its_rows_on_any_rank(
@@ -266,6 +325,9 @@ def test_each_value_is_counted_on_one_rank(results: list[dict[str, Any]]) -> Non
         ({"intermediate_size": 33}, 2, r"\(2\) must divide model\.intermediate_size: got 33\. The "
                                        r"largest valid tp below it is 1;"),
         ({"num_key_value_heads": 4, "intermediate_size": 40}, 16, r"largest valid tp .* is 4"),
+        ({"ffns": "d e d d", "moe": ExpertConfig(intermediate_size=9)}, 2,
+         r"\(2\) must divide model\.moe\.intermediate_size: got 9\. The largest valid tp below it "
+         r"is 1;"),
     ],
 )  # fmt: skip
 def test_a_tp_that_cuts_nothing_evenly_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,30 @@ def test_a_teacher_is_said_to_be_left_out() -> None:
     assert "not counted" not in lines_of(config_with(), 1)[-1]
     config = config_with(training={"teacher": "runs/teacher"}, distill={"kl": 1.0})
     assert lines_of(config, 1)[-1].startswith("  not counted: training.teacher (runs/teacher), its")
+
+
+def test_experts_are_said_to_be_shared_out() -> None:
+    config = config_with(
+        model={**FOUR_LAYERS, "ffns": "d e d e", "moe": {"num_experts": 8}}, parallel={"ep": 4}
+    )
+    assert lines_of(config, 4)[2] == "experts over ep 4 of dp, 2 a rank"
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"ffns": "d*3 e"}, r"ffns \(d\*3 e\) must be all d in a plan: got e"),
+        ({"sinks": {"num_tokens": 4}}, r"sinks\.num_tokens \(4\) must be 0 in a plan"),
+    ],
+)
+def test_a_model_that_the_planner_does_not_know_is_shown_without_memory(
+    model: dict[str, Any], reason: str
+) -> None:
+    config = config_with(model={**FOUR_LAYERS, **model})
+    last = lines_of(config, 1)[-1]
+    assert re.fullmatch(f"no planned memory: {reason}", last)
+    with pytest.raises(ValueError, match=f"{reason}. Run it to see what it takes"):
+        planned_memory(config, num_ranks=1, kernels=KERNELS)
 
 
 def test_columns_are_aligned() -> None:

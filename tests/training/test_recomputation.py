@@ -123,11 +123,26 @@ def test_a_mixer_that_the_model_does_not_have_is_refused_with_those_it_has() -> 
     model = tiny_config(mixers="L S", ffns="d*2")
     stages = cut(model, ParallelConfig(), sequence_length=16)
     message = (
-        r"training.recompute_modules \(full\) must be in the model: got model.mixers L S. "
-        "Choose from norms, activations, sliding_window, linear."
+        r"training.recompute_modules \(full\) must be in the model: got model.mixers L S, "
+        r"model.ffns d\*2. Choose from norms, activations, sliding_window, linear."
     )
     with pytest.raises(ValueError, match=message):
         check_recomputation(config("selective", "norms", "full"), model, ParallelConfig(), stages)
+
+
+def test_experts_are_recomputed_where_they_are() -> None:
+    model = tiny_config(mixers="L S L", ffns="d e e")
+    stages = cut(model, ParallelConfig(), sequence_length=16)
+    for name in ("experts", "expert_layers"):
+        found = recomputation(config("selective", name), model, stages)
+        assert found == Recomputation(**{name: layers(1, 2)})
+        check_recomputation(config("selective", name), model, ParallelConfig(), stages)
+    message = (
+        r"training.recompute_modules \(experts\) must be in the model: got .* model.ffns d\*6. "
+        "Choose from norms, activations, full, sliding_window, linear."
+    )
+    with pytest.raises(ValueError, match=message):
+        check_recomputation(config("selective", "experts"), MODEL, ParallelConfig(), stages)
 
 
 def test_selective_recomputation_is_for_every_schedule() -> None:

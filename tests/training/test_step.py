@@ -58,6 +58,9 @@ class FakeEngine:
             spikes.recorder.record("0/ffn_in", torch.tensor(COUNTS))
         return {"loss": 2.5, "distill/kl": 0.25}
 
+    def expert_loads(self) -> dict[str, float]:
+        return {"moe/1/load_0": 0.75}
+
     def clip_and_step(self, lr: float) -> float:
         if self.failure == "gradient":
             raise NonFiniteError("gradient norm", float("inf"), rank=0, parameter="a.weight")
@@ -143,6 +146,7 @@ def test_spikes_follow_the_schedule_and_are_recorded_when_due() -> None:
             assert spikes.k == pytest.approx(6.0 - 3.0 * min(1.0, (step - 3) / 4))
             assert (spikes.recorder is not None) is (step in (3, 4))
         assert any(key.startswith("spike/") for key in row) is (step in (3, 4))
+        assert ("moe/1/load_0" in row) is (step in (0, 4))
 
 
 def test_statistics_are_of_all_ranks_together() -> None:
@@ -158,8 +162,9 @@ def test_statistics_can_be_switched_off() -> None:
     silent = SpikingConfig(neuron=NeuronKind.adaptive, statistics_interval_steps=0)
     engine = FakeEngine()
     found = stepper(engine, silent)
-    found.step(TrainState(), STAGE, work(found))
+    _, row = found.step(TrainState(), STAGE, work(found))
     assert engine.calls[0]["spikes"].recorder is None
+    assert "moe/1/load_0" not in row
 
 
 @pytest.mark.parametrize("failure", ["loss", "gradient"])

@@ -87,7 +87,7 @@ def test_calibrated_output_has_the_sources_scale(tmp_path: Path) -> None:
     ):
         block = model.blocks[0]
         x = block.mixer_norm(model.embedding(sample.tokens))  # type: ignore[union-attr,operator]
-        heads = block.mixer.attend(x, sequence)  # type: ignore[union-attr,operator]
+        (heads,) = block.mixer.attend(x, sequence)  # type: ignore[union-attr,operator]
         if model.config.mixers.startswith("L"):
             heads = block.mixer.head_norm(heads)  # type: ignore[union-attr,operator]
         outputs.append(float(heads.detach().square().mean().sqrt()))

@@ -19,7 +19,7 @@ from models.conversion.source_checks import warn_of_changes
 from models.conversion.source_config import read_config
 from models.conversion.weight_map import theirs
 from models.layouts import parameter_layouts
-from models.mixer_config import RopeConfig
+from models.mixer_config import FeatureMap, GateKind, LinearAttentionConfig, RopeConfig
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_huggingface import same_bits
 from tests.models.conversion.test_source_config import QWEN2_5_7B, SMALL, SPIKINGBRAIN_7B
@@ -249,6 +249,26 @@ def test_dropped_mixers_are_listed_as_unused() -> None:
         ({"mixers": "F*3", "ffns": "d*3"}, r"num_hidden_layers \(3\) must equal .* got 4"),
         ({"qkv_bias": False}, r"model.qkv_bias \(False\) must equal the source's: got True"),
         ({"qk_norm": True}, r"model.qk_norm \(True\) must equal the source's: got False"),
+        (
+            {"mixers": "[S+L F]*2", "window_tokens": 4},
+            r"mixers \(\[S\+L F\]\*2\) must have one mixer a layer in a conversion: got S\+L",
+        ),
+        (
+            {"linear": LinearAttentionConfig(feature_map=FeatureMap.sigmoid)},
+            r"model.linear.feature_map \(sigmoid\) must be relu in a conversion",
+        ),
+        (
+            {
+                "linear": LinearAttentionConfig(
+                    feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied
+                )
+            },
+            r"model.linear.gate \(key_tied\) must be low_rank in a conversion",
+        ),
+        (
+            {"ffns": "d e d d"},
+            r"ffns \(d e d d\) must be all d to be converted to: got e, which is",
+        ),
     ],
 )
 def test_other_sizes_are_refused_with_both_numbers(changes: dict[str, Any], message: str) -> None:

@@ -28,6 +28,8 @@ HYBRID = ModelConfig(
     num_key_value_heads=2, head_dim=8, mixers="L S L", ffns="d*3", qkv_bias=True,
     window_tokens=8, bos_token_id=1, eos_token_id=2, rope=RopeConfig(theta=1e4),
 )  # fmt: skip
+SIGMOID = LinearAttentionConfig(feature_map=FeatureMap.sigmoid)
+KEY_TIED = dataclasses.replace(SIGMOID, gate=GateKind.key_tied)
 
 
 def imported(folder: Path) -> tuple[ModelConfig, list[TensorEntry]]:

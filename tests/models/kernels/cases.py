@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import reference
+from models.kernels import SinkKeys
 from models.sequence import SequenceContext
 from tests.support.closeness import assert_close, relative_error
 
@@ -72,6 +73,21 @@ def softmax_operands(
     ]
 
 
+def sink_operands(operands: list[Tensor], count: int, *, own_queries: bool) -> list[Tensor]:
+    """Keys and values of `count` sinks beside q, k, v; on request queries of their own."""
+    q, k, _ = operands
+    generator = torch.Generator().manual_seed(count)
+    shapes = [(count, *k.shape[2:])] * 2 + [tuple(q.shape)] * own_queries
+    return [torch.randn(x, generator=generator, dtype=torch.float64).to(q.dtype) for x in shapes]
+
+
+def document_state(operands: list[Tensor]) -> Tensor:
+    """A state `[G, H, H]` for documents to start from, beside what `linear_operands` gives."""
+    generator = torch.Generator().manual_seed(3)
+    like = operands[4][0]
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
+
 def linear_results(
     kernel: Callable[..., Any],
     operands: list[Tensor],
@@ -79,24 +95,26 @@ def linear_results(
     *,
     with_state: bool = True,
 ) -> dict[str, Tensor]:
-    """Output, final state and all gradients of a kernel; both results carry a random gradient."""
-    leaves = [x.detach().clone().requires_grad_() for x in operands[: 5 if with_state else 4]]
-    out, final = kernel(
-        *leaves[:4],
-        scale=0.3,
-        sequence=sequence,
-        initial_state=leaves[4] if with_state else None,
-        output_final_state=True,
-    )
+    """Output, final state and all gradients of a kernel; both results carry a random gradient.
+
+    A sixth operand is the state that documents start from.
+    """
+    names = ("q", "k", "v", "log_decay", "initial_state", "document_state")
+    leaves = {
+        name: x.detach().clone().requires_grad_()
+        for name, x in zip(names, operands, strict=False)
+        if with_state or name != "initial_state"
+    }
+    out, final = kernel(**leaves, scale=0.3, sequence=sequence, output_final_state=True)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (out, final)]
     loss = sum(
         (x.double() * weight.to(x.device)).sum()
         for x, weight in zip((out, final), weights, strict=True)
     )
-    grads = torch.autograd.grad(loss, leaves)
-    names = ("grad q", "grad k", "grad v", "grad log_decay", "grad initial_state")
-    return {"out": out, "final_state": final} | dict(zip(names, grads, strict=False))
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    named = {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {"out": out, "final_state": final} | named
 
 
 def softmax_results(
@@ -106,13 +124,16 @@ def softmax_results(
     window: int | None,
     sequence: SequenceContext | None,
 ) -> dict[str, Tensor]:
-    """Output and all gradients of a kernel."""
+    """Output and all gradients of a kernel; operands after q, k, v are those of sinks."""
     leaves = [x.detach().clone().requires_grad_() for x in operands]
-    out = kernel(*leaves, scale=0.3, window=window, sequence=sequence)
+    sinks = SinkKeys(*leaves[3:]) if len(leaves) > 3 else None
+    out = kernel(*leaves[:3], scale=0.3, window=window, sequence=sequence, sinks=sinks)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
     grads = torch.autograd.grad((out.double() * weight).sum(), leaves)
-    return {"out": out} | dict(zip(("grad q", "grad k", "grad v"), grads, strict=True))
+    names = ("q", "k", "v", "sink k", "sink v", "sink q")
+    named = {f"grad {name}": grad for name, grad in zip(names, grads, strict=False)}
+    return {"out": out} | named
 
 
 def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

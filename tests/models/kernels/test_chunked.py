@@ -13,6 +13,7 @@ from models.kernels import chunked, tiling
 from models.sequence import SequenceContext
 from tests.models.kernels.cases import (
     assert_results,
+    document_state,
     documents,
     double,
     linear_operands,
@@ -47,6 +48,81 @@ def test_chunks_are_the_recurrence_with_documents_and_states(
     assert_results(actual, recurrence(operands, sequence, with_state=with_state), relative=1e-13)
 
 
+@pytest.mark.parametrize("tile_elements", [1 << 19, 1], ids=["one tile", "a tile a chunk"])
+@pytest.mark.parametrize("with_state", [True, False], ids=["initial state", "no state"])
+@pytest.mark.parametrize("rows", DOCUMENTS.values(), ids=DOCUMENTS.keys())
+def test_every_document_starts_from_the_given_state(
+    rows: list[list[int]] | None,
+    with_state: bool,
+    tile_elements: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiling, "_TILE_ELEMENTS", tile_elements)
+    operands = linear_operands(3, 101)
+    operands.append(document_state(operands))
+    if rows is None and with_state:
+        # Every row goes on with its own state: no document starts.
+        operands.pop()
+    sequence = None if rows is None else documents(rows)
+    with poisoned_allocations():
+        actual = linear_results(chunked.linear_attention, operands, sequence, with_state=with_state)
+    assert_results(actual, recurrence(operands, sequence, with_state=with_state), relative=1e-13)
+
+
+def test_a_packed_row_is_its_documents_one_by_one() -> None:
+    operands = linear_operands(1, 101)
+    start, lengths = document_state(operands), [1, 40, 2, 58]
+    q, k, v, log_decay = (x.requires_grad_() for x in operands[:4])
+    leaves = [q, k, v, log_decay, start.requires_grad_()]
+    whole, final = chunked.linear_attention(
+        q, k, v, log_decay, scale=0.3, sequence=documents([lengths]), document_state=start,
+        output_final_state=True,
+    )  # fmt: skip
+    outputs, ending = [], None
+    for part in zip(*(x.split(lengths, dim=1) for x in leaves[:4]), strict=True):
+        out, ending = chunked.linear_attention(
+            *part, scale=0.3, sequence=None, initial_state=start[None], output_final_state=True
+        )
+        outputs.append(out)
+    assert final is not None
+    assert ending is not None
+    separate = torch.cat(outputs, dim=1)
+    assert_close(whole, separate, relative=1e-13)
+    assert_close(final, ending, relative=1e-13)
+    grads = [torch.autograd.grad(x.square().sum(), leaves) for x in (whole, separate)]
+    for actual, expected in zip(*grads, strict=True):
+        assert_close(actual, expected, relative=1e-12)
+
+
+@pytest.mark.parametrize("decays", ["mild", "strong", "zero"])
+def test_states_of_documents_keep_float32_precision(decays: str) -> None:
+    operands = linear_operands(2, 200, dtype=torch.float32, strong=decays == "strong")
+    operands.append(document_state(operands))
+    if decays == "zero":
+        operands[3][:, [0, 5, 31, 32, 77, 78, 199]] = -math.inf
+    sequence = documents([[77, 123], [5, 27, 1, 167]])
+    actual = linear_results(chunked.linear_attention, operands, sequence)
+    assert_results(actual, recurrence(operands, sequence), relative=1e-6)
+
+
+def test_a_decoder_passes_both_states() -> None:
+    """What it carries, none at first, and what documents start from."""
+    operands = linear_operands(2, 20)
+    start, state, outputs = document_state(operands), None, []
+    for part in (slice(0, 1), slice(1, 15), *(slice(step, step + 1) for step in range(15, 20))):
+        out, state = chunked.linear_attention(
+            *(x[:, part] for x in operands[:4]), scale=0.3, sequence=None, initial_state=state,
+            document_state=start, output_final_state=True,
+        )  # fmt: skip
+        outputs.append(out)
+    whole, final = reference.linear_attention(
+        *operands[:4], scale=0.3, sequence=None, document_state=start, output_final_state=True
+    )
+    assert final is not None
+    assert_close(torch.cat(outputs, dim=1), whole, relative=1e-13)
+    assert_close(state, final, relative=1e-13)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3, 16, 31, 32, 33, 63, 65])
 def test_chunks_are_the_recurrence_at_any_length(tokens: int) -> None:
     operands = linear_operands(2, tokens, heads=6, groups=2, dim=4)
@@ -56,7 +132,8 @@ def test_chunks_are_the_recurrence_at_any_length(tokens: int) -> None:
 
 
 def test_gradients_are_finite_differences() -> None:
-    leaves = [x.requires_grad_() for x in linear_operands(1, 5, heads=2, groups=1, dim=2)]
+    operands = linear_operands(1, 5, heads=2, groups=1, dim=2)
+    leaves = [x.requires_grad_() for x in [*operands, document_state(operands)]]
     sequence = documents([[3, 2]])
 
     def results(*inputs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -65,6 +142,7 @@ def test_gradients_are_finite_differences() -> None:
             scale=0.3,
             sequence=sequence,
             initial_state=inputs[4],
+            document_state=inputs[5],
             output_final_state=True,
         )
 

@@ -20,6 +20,7 @@ from models.kernels import fla
 from models.kernels.fallback import warn_once
 from tests.models.kernels.cases import (
     assert_results,
+    document_state,
     documents,
     linear_operands,
     linear_results,
@@ -53,7 +54,9 @@ CASES = """
 import json
 import torch
 from models.kernels import chunked, fla
-from tests.models.kernels.cases import documents, double, linear_operands, linear_results, worst
+from tests.models.kernels.cases import (
+    document_state, documents, double, linear_operands, linear_results, worst,
+)
 
 used = []
 import fla.ops.gla as library
@@ -74,6 +77,8 @@ cases = {
 errors = {}
 for name, (rows, tokens, lengths) in cases.items():
     operands = linear_operands(rows, tokens, dim=16, dtype=torch.float32)
+    if lengths is not None:
+        operands.append(document_state(operands))
     sequence = None if lengths is None else documents(lengths)
     expected = linear_results(chunked.linear_attention, double(operands), sequence)
     used.clear()
@@ -144,6 +149,7 @@ def test_the_library_computes_our_recurrence(
     assert result.pop("kernels") == [kernel]
     assert set(result) == {
         "out", "final_state", "grad q", "grad k", "grad v", "grad log_decay", "grad initial_state",
+        *(["grad document_state"] if "packed" in case else []),
     }  # fmt: skip
     for name, error in result.items():
         assert isinstance(error, float)
@@ -161,6 +167,7 @@ def test_the_library_keeps_what_the_planner_counts(
 
 def test_float64_goes_to_the_chunked_kernel_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     operands = linear_operands(2, 40)
+    operands.append(document_state(operands))
     sequence = documents([[15, 25], [40]])
     warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
@@ -172,9 +179,18 @@ def test_float64_goes_to_the_chunked_kernel_and_says_so(caplog: pytest.LogCaptur
 def test_states_go_to_the_first_document_and_come_from_the_last() -> None:
     sequence = documents([[2, 3], [5], [1, 1, 3]])
     states = torch.arange(3.0).view(3, 1, 1, 1) + 1
-    placed = fla._at_first_documents(states, sequence)
-    assert placed is not None
-    assert placed.flatten().tolist() == [1, 0, 2, 3, 0, 0]
+    start = torch.full((1, 1, 1), 9.0)
+
+    def entering(*arguments: torch.Tensor | None, packed: bool = True) -> list[float] | None:
+        placed = fla._entering_states(*arguments, 3, sequence if packed else None)  # type: ignore[arg-type]
+        return None if placed is None else placed.flatten().tolist()
+
+    assert entering(states, None) == [1, 0, 2, 3, 0, 0]
+    assert entering(states, start) == [1, 9, 2, 3, 9, 9]
+    assert entering(None, start) == [9] * 6
+    assert entering(None, None) is None
+    assert entering(states, start, packed=False) == [1, 2, 3]
+    assert entering(None, start, packed=False) == [9] * 3
     assert fla._last_documents(sequence) == [1, 2, 5]
 
 

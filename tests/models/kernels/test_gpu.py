@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from models import reference
-from models.kernels import chunked, fla, flash, flex
+from models.kernels import blocked, chunked, fla, flash, flex
 from models.sequence import SequenceContext
 from tests.models.kernels.cases import (
     assert_results,
+    document_state,
     documents,
     double,
     linear_operands,
     linear_results,
+    sink_operands,
     softmax_operands,
     softmax_results,
     worst,
@@ -61,6 +63,20 @@ def test_fla_is_the_recurrence(
     moved = [x.to(DEVICE) for x in operands]
     actual = linear_results(fla.linear_attention, moved, on_device(sequence), with_state=with_state)
     assert_results(actual, expected, relative=TOLERANCE[dtype])
+
+
+@installed("fla")
+@pytest.mark.parametrize("with_state", [True, False], ids=["initial state", "no state"])
+def test_fla_starts_documents_from_a_given_state(with_state: bool) -> None:
+    operands = linear_operands(3, 371, dim=64, dtype=torch.bfloat16)
+    operands.append(document_state(operands))
+    sequence = documents([[1, 300, 64, 6], [371], [128, 243]])
+    expected = linear_results(
+        chunked.linear_attention, double(operands), sequence, with_state=with_state
+    )
+    moved = [x.to(DEVICE) for x in operands]
+    actual = linear_results(fla.linear_attention, moved, on_device(sequence), with_state=with_state)
+    assert_results(actual, expected, relative=TOLERANCE[torch.bfloat16])
 
 
 @installed("fla")
@@ -124,6 +140,39 @@ def test_softmax_kernels_are_the_dense_mask(
     for name, error in worst(actual, expected).items():
         # A window of one key has a zero gradient for q and k: only rounding is left of it.
         assert error <= TOLERANCE[dtype] or (window == 1 and name in ("grad q", "grad k")), name
+
+
+SINKS = [
+    *SOFTMAX,
+    pytest.param(blocked.softmax_attention, torch.float32, id="blocked fp32"),
+    pytest.param(blocked.softmax_attention, torch.float64, id="blocked fp64"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), SINKS)
+@pytest.mark.parametrize("own_queries", [False, True], ids=["q", "own q"])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("rows", DOCUMENTS.values(), ids=DOCUMENTS.keys())
+def test_softmax_kernels_see_sinks(
+    rows: list[list[int]] | None,
+    window: int | None,
+    own_queries: bool,
+    kernel: object,
+    dtype: torch.dtype,
+) -> None:
+    operands = softmax_operands(3, 371, 371, dim=64, dtype=dtype)
+    operands += sink_operands(operands, 128, own_queries=own_queries)
+    sequence = None if rows is None else documents(rows)
+    expected = softmax_results(
+        reference.softmax_attention, double(operands), window=window, sequence=sequence
+    )
+    actual = softmax_results(
+        kernel,  # type: ignore[arg-type]
+        [x.to(DEVICE) for x in operands],
+        window=window,
+        sequence=on_device(sequence),
+    )
+    assert_results(actual, expected, relative=TOLERANCE.get(dtype, 1e-12))
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), SOFTMAX)

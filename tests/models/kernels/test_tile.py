@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.kernels import tile
+from models.kernels.tile_factors import factors_of
 from models.kernels.tiling import Inputs, Workspace, load
 from tests.models.kernels.cases import linear_operands
 from tests.support.closeness import assert_close
@@ -20,7 +21,7 @@ def one_tile(tokens: int, chunk: int) -> Inputs:
 @pytest.mark.parametrize("chunk", [1, 2, 8, 16])
 def test_scores_are_decayed_products_of_earlier_tokens(chunk: int) -> None:
     inputs = one_tile(16, chunk)
-    scores = tile._scores(inputs, tile._factors(inputs), Workspace(inputs.q))
+    scores = tile._scores(inputs, factors_of(inputs), Workspace(inputs.q))
     total = inputs.log_decay.cumsum(3)
     for index in torch.cartesian_prod(*(torch.arange(size) for size in scores.shape)).tolist():
         _, _, place, query, head, key = index
@@ -36,14 +37,14 @@ def test_scores_are_decayed_products_of_earlier_tokens(chunk: int) -> None:
 def test_no_factor_exceeds_one_however_strong_the_decay() -> None:
     inputs = one_tile(32, 32)
     strong = Inputs(inputs.q, inputs.k, inputs.v, 1e4 * inputs.log_decay, None)
-    factors = tile._factors(strong)
+    factors = factors_of(strong)
     every = [x for level in factors.levels for x in level] + [factors.prefix, factors.suffix]
     assert all(float(x.max()) <= 1.0 and float(x.min()) >= 0.0 for x in every)
 
 
 def test_prefix_and_suffix_of_a_chunk_are_the_sums_around_each_token() -> None:
     inputs = one_tile(16, 16)
-    factors = tile._factors(inputs)
+    factors = factors_of(inputs)
     total = inputs.log_decay.cumsum(3)
     assert_close(factors.prefix, total.exp(), relative=1e-14)
     assert_close(factors.suffix, (total[:, :, :, -1:] - total).exp(), relative=1e-14)
@@ -56,6 +57,6 @@ def test_a_tile_leaves_its_entering_state_and_gradient_untouched() -> None:
     before = state.clone()
     out, _ = tile.forward(inputs, state, Workspace(inputs.q))
     grad = torch.ones_like(out)
-    tile.backward(one_tile(16, 8), state, grad, state, Workspace(inputs.q))
+    tile.backward(one_tile(16, 8), state, grad, state, None, Workspace(inputs.q))
     assert torch.equal(state, before)
     assert torch.equal(grad, torch.ones_like(grad))
