@@ -14,7 +14,7 @@ from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.conversion.config_keys import NOTE_KEY, Format
 from models.conversion.own_format import own_keys
 from models.layer_pattern import FfnKind, MixerKind
-from models.mixer_config import RopeType
+from models.mixer_config import FeatureMap, GateKind, RopeType
 from models.spiking.neurons import Spikes
 
 _ARCHITECTURE = {

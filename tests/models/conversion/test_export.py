@@ -17,7 +17,14 @@ from models.conversion.huggingface import INDEX, SafetensorsFolder, TensorEntry
 from models.conversion.source_config import read_config, read_format
 from models.conversion.target_config import check_format, choose_format, write_config
 from models.layouts import parameter_layouts
-from models.mixer_config import RopeConfig, RopeType, SinkConfig
+from models.mixer_config import (
+    FeatureMap,
+    GateKind,
+    LinearAttentionConfig,
+    RopeConfig,
+    RopeType,
+    SinkConfig,
+)
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_huggingface import same_bits
 
@@ -197,6 +204,15 @@ def test_missing_trained_length_is_written_out() -> None:
         (dataclasses.replace(HYBRID, mixers="L _ S"), Format.gla_swa, "must be only L and S"),
         (dataclasses.replace(HYBRID, mixers="F S F", qkv_bias=False), Format.mistral, "only S"),
         (dataclasses.replace(HYBRID, mixers="F S F", qkv_bias=False), Format.llama, "only F"),
+        (
+            dataclasses.replace(HYBRID, linear=KEY_TIED), Format.gla_swa,
+            r"model.linear.gate \(key_tied\) must be low_rank in the gla_swa format",
+        ),
+        (
+            dataclasses.replace(HYBRID, linear=SIGMOID), Format.gla_swa,
+            r"model.linear.feature_map \(sigmoid\) must be relu in the gla_swa format",
+        ),
+        (dataclasses.replace(HYBRID, mixers="L S+L S"), Format.gla_swa, "must be only L and S"),
         (plain(sinks=SinkConfig(num_tokens=2)), Format.qwen2, r"sinks.num_tokens \(2\) must be 0"),
         (plain(ffns="d d e"), Format.qwen2, r"model.ffns \(d d e\) must be only d"),
         (plain(qkv_bias=False), Format.qwen2, r"qkv_bias \(False\) must be true in the qwen2"),
