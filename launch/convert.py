@@ -84,7 +84,9 @@ def target_model(config: ConvertConfig, base: ModelConfig) -> ModelConfig:
     changes: dict[str, Any] = {}
     if config.mixers is not None:
         layers = len(LayerPattern.parse_mixers(config.mixers))
-        changes |= {"mixers": config.mixers, "ffns": f"d*{layers}"}
+        changes["mixers"] = config.mixers
+        if layers != target.num_hidden_layers:
+            changes["ffns"] = f"d*{layers}"
     for name in ("window_tokens", "window_includes_self"):
         if getattr(config, name) is not None:
             changes[name] = getattr(config, name)

@@ -87,7 +87,8 @@ def plan_conversion(
     config = read_config(source.config)
     format = read_format(source.config)
     refuse_unsupported(target)
-    refuse_experts(target, "converted to")
+    if target.layers.ffns != config.layers.ffns:
+        refuse_experts(target, "converted to")
     check_target(config, target)
     check_source(source, config, format)
     planner = _Planner(source, target, options, fitted or {})

@@ -79,7 +79,7 @@ def read_own(raw: Mapping[str, Any]) -> ModelConfig:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise ValueError(
-            f"config.json {name} ({first['input']}): {first['msg']}. Synfire would not honour it."
+            f"config.json {name}: {first['msg']}. Synfire would not honour it."
         ) from error
 
 

@@ -174,13 +174,13 @@ class SynfireModel(SynfirePreTrainedModel):
         if self.sinks is None:
             return left
         x = self.sinks.weight[None].to(dtype)
-        positions = torch.arange(x.shape[1], device=x.device)[None]
+        before = torch.arange(-x.shape[1], 0, device=x.device)[None]
         kind, rotation = self.config.sinks["rope"], None
         if kind != "none":
-            where = positions - x.shape[1] if kind == "before" else positions
+            where = before if kind == "before" else before + x.shape[1]
             rotation = rotation_of(where, *rope_frequencies(self.config), dtype)
         for block, own in zip(self.blocks, left, strict=True):
-            x = block(x, Stream(None, rotation, sinks=own), positions)
+            x = block(x, Stream(None, rotation, sinks=own), before)
         return left
 
 
