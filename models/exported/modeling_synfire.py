@@ -28,6 +28,9 @@ class SynfireCache(Cache):
     Linear mixers cannot forget their last tokens, so `generate` takes no assistant model.
     """
 
+    is_compileable = False
+    is_croppable = False
+
     def __init__(self, config: SynfireConfig) -> None:
         super().__init__(layers=[])
         self.states: list[State] = [{} for _ in config.layer_mixers]
