@@ -96,6 +96,7 @@ def export(config: ExportConfig) -> Format:
         Path(config.out),
         format=format,
         tokenizer=source.tokenizer_folder,
+        eos_token_id=((source.manifest or {}).get("tokenizer") or {}).get("eos_token_id"),
         spiking=spiking,
         spikes=spikes,
         max_shard_bytes=config.max_shard_bytes,

@@ -39,6 +39,7 @@ def export_folder(  # noqa: PLR0913 - everything a folder consists of
     *,
     format: Format,
     tokenizer: Path | None = None,
+    eos_token_id: int | None = None,
     spiking: SpikingConfig | None = None,
     spikes: Spikes | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -51,6 +52,7 @@ def export_folder(  # noqa: PLR0913 - everything a folder consists of
         out: a folder that does not exist yet, is empty, or is an older export.
         format: what to write; see `choose_format`.
         tokenizer: a folder whose tokenizer files are copied.
+        eos_token_id: where generated text ends if the model itself names no token.
         spiking: noted in config.json where the format has no neurons.
         spikes: how the model spikes in our own format; None is not at all.
         max_shard_bytes: size at which a new safetensors file starts.
@@ -59,6 +61,9 @@ def export_folder(  # noqa: PLR0913 - everything a folder consists of
         ValueError: tensors that do not fit the model, a format that cannot hold it, `out` in use.
     """
     named = _rename(entries, config, format)
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    if config.eos_token_id is None:
+        ends["eos_token_id"] = eos_token_id
     refuse_occupied(out)
     dtype = Counter(entry.dtype for entry in named).most_common(1)[0][0]
     keys = write_config(config, format, dtype=dtype, spiking=spiking, spikes=spikes)
@@ -70,10 +75,7 @@ def export_folder(  # noqa: PLR0913 - everything a folder consists of
     try:
         write_sharded(partial, named, max_shard_bytes=max_shard_bytes)
         write_json(partial / CONFIG, keys)
-        write_json(
-            partial / GENERATION_CONFIG,
-            {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id},
-        )
+        write_json(partial / GENERATION_CONFIG, ends)
         if format is Format.synfire:
             copy_source(partial)
         if tokenizer is not None:

@@ -179,6 +179,27 @@ def test_dtype_and_another_format_can_be_asked_for(tmp_path: Path) -> None:
     assert (written["model_type"], written["torch_dtype"]) == ("llama", "bfloat16")
 
 
+@pytest.mark.parametrize(("own", "written"), [(None, 7), (3, 3)])
+def test_generated_text_ends_with_the_tokenizers_end_unless_the_model_names_one(
+    own: int | None, written: int, tmp_path: Path
+) -> None:
+    config = ModelConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, mixers="L F", ffns="d d", eos_token_id=own,
+    )  # fmt: skip
+    manifest = {
+        "model": TypeAdapter(ModelConfig).dump_python(config, mode="json"),
+        "tokenizer": {"sha256": "0", "vocab_size": 11, "eos_token_id": 7},
+    }
+    entries = random_entries(config, torch.float32)
+    lazy = [LazyTensor(f"model/{e.name}", e.shape, e.dtype, e.load) for e in entries]
+    save_streamed(tmp_path / "checkpoint", lazy, manifest)
+    assert export(options(tmp_path / "checkpoint", tmp_path / "out")) is Format.synfire
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == written
+    assert read_config(SafetensorsFolder(tmp_path / "out").config).eos_token_id == own
+
+
 def test_spiking_is_noted_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = ModelConfig(
         vocab_size=11, hidden_size=8, intermediate_size=12, num_attention_heads=2,
