@@ -124,15 +124,17 @@ class _Side:
     stream: BlockStream
     rows: SampleRows
     hidden: list[Tensor] = field(init=False)
+    sinks: Tensor | None = field(init=False)
     sequences: list[SequenceContext] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.hidden = self.stream.embed(self.rows)
+        self.hidden, self.sinks = self.stream.embed(self.rows), self.stream.sinks()
         self.sequences = self.rows.sequences()
 
     def step(self, layer: int, block: Block | None = None) -> None:
         """Run one block; it is gone afterwards."""
-        advance(block or self.stream.block(layer), self.hidden, self.sequences)
+        block = block or self.stream.block(layer)
+        self.sinks = advance(block, self.hidden, self.sequences, self.sinks)
 
 
 def _difference(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from models.conversion.source_checks import warn_of_changes
 from models.conversion.source_config import read_config
 from models.conversion.weight_map import theirs
 from models.layouts import parameter_layouts
-from models.mixer_config import FeatureMap, GateKind, LinearAttentionConfig, RopeConfig
+from models.mixer_config import FeatureMap, GateKind, LinearAttentionConfig, RopeConfig, SinkConfig
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_huggingface import same_bits
 from tests.models.conversion.test_source_config import QWEN2_5_7B, SMALL, SPIKINGBRAIN_7B
@@ -264,6 +264,10 @@ def test_dropped_mixers_are_listed_as_unused() -> None:
                 )
             },
             r"model.linear.gate \(key_tied\) must be low_rank in a conversion",
+        ),
+        (
+            {"sinks": SinkConfig(num_tokens=3)},
+            r"model.sinks.num_tokens \(3\) must be 0 in a conversion",
         ),
         (
             {"ffns": "d e d d"},
