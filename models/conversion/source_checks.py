@@ -58,17 +58,18 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
 
 
 def _check_options(source: ModelConfig, target: ModelConfig) -> None:
-    """Refuse other options of layers that the source has."""
+    """Refuse other options of what the source has."""
     layers = source.layers
-    for key, has_layers, symbol in (
-        ("linear", any(MixerKind.linear in mixers for mixers in layers.mixers), "L"),
-        ("branches", any(len(mixers) > 1 for mixers in layers.mixers), "X+Y"),
-        ("moe", FfnKind.mixture_of_experts in layers.ffns, "e"),
+    for key, is_read, what in (
+        ("linear", any(MixerKind.linear in mixers for mixers in layers.mixers), "L layers"),
+        ("branches", any(len(mixers) > 1 for mixers in layers.mixers), "X+Y layers"),
+        ("moe", FfnKind.mixture_of_experts in layers.ffns, "e layers"),
+        ("sinks", source.uses_sinks, "sink tokens"),
     ):
         ours, theirs_value = getattr(target, key), getattr(source, key)
-        if has_layers and ours != theirs_value:
+        if is_read and ours != theirs_value:
             raise ValueError(
-                f"model.{key} ({ours}) must equal the source's, which has {symbol} layers: got "
+                f"model.{key} ({ours}) must equal the source's, which has {what}: got "
                 f"{theirs_value}."
             )
 
@@ -79,7 +80,7 @@ def _symbol(mixers: Mixers) -> str:
 
 def _refuse_unconverted(source: ModelConfig, target: ModelConfig) -> None:
     """Refuse new mixers and sinks that models here have, but that no conversion makes yet."""
-    if target.sinks != source.sinks:
+    if target.uses_sinks and not source.uses_sinks:
         raise ValueError(
             f"model.sinks.num_tokens ({target.sinks.num_tokens}) must be 0 in a conversion. Train "
             "such a model from its start."
