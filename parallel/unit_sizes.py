@@ -110,7 +110,8 @@ def stage_parameters(config: ModelConfig, stage: StageCut) -> dict[str, ParamLay
         if (layer := layer_of(name)) is not None and stage.first_layer <= layer < stage.end_layer
     }
     if stage.has_embedding:
-        found["embedding.weight"] = layouts["embedding.weight"]
+        names = ("embedding.weight", "sinks.weight")
+        found |= {name: layouts[name] for name in names if name in layouts}
     if stage.has_head:
         found["final_norm.weight"] = layouts["final_norm.weight"]
         if not (config.tie_word_embeddings and stage.has_embedding):

@@ -10,7 +10,7 @@ from parallel.pipeline_cut import StageCut
 from parallel.rank_memory import RankMemory
 from training.config import RunConfig
 from training.layout import cut_stages
-from training.planned_job import left_out, planned_memory, unplanned
+from training.planned_job import left_out, planned_memory
 
 MEMORY_COLUMNS = (
     "weights", "gradients", "optimizer", "activations", "logits", "neurons", "buffers", "peak",
@@ -38,9 +38,6 @@ def layout_lines(config: RunConfig, mesh: Mesh, *, kernels: tuple[str, str]) -> 
         yield f"experts over ep {mesh.ep_size} of dp, {each} a rank"
     if mesh.pp_size > 1:
         yield f"schedule {parallel.schedule.value}, {len(stages)} stages"
-    if (reason := unplanned(config.model)) is not None:
-        yield f"no planned memory: {reason}"
-        return
     memory = planned_memory(config, num_ranks=mesh.size, kernels=kernels)
     yield from rank_table(stages, memory, ranks_each=mesh.size // mesh.pp_size)
     for line in left_out(config):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from models.config import ModelConfig
 from models.layer_pattern import FfnKind
 from models.layouts import parameter_layouts
 from parallel.config import Precision
@@ -19,12 +18,9 @@ def planned_job(config: RunConfig, stage_name: str, *, kernels: tuple[str, str])
     """What a curriculum stage trains; `kernels` name the linear and the softmax attention kernel.
 
     Raises:
-        ValueError: pipeline stages that the model cannot be cut into, or a model that the planner
-            does not know.
+        ValueError: pipeline stages that the model cannot be cut into.
     """
     stage, training = config.stages[stage_name], config.training
-    if (reason := unplanned(config.model)) is not None:
-        raise ValueError(f"{reason}. Run it to see what it takes, or plan another model.")
     return Job(
         model=config.model,
         spiking=config.spiking,
@@ -38,13 +34,6 @@ def planned_job(config: RunConfig, stage_name: str, *, kernels: tuple[str, str])
         has_moments=config.optimizer.name is OptimizerName.adamw,
         kernels=kernels,
     )
-
-
-def unplanned(model: ModelConfig) -> str | None:
-    """What of a model the planner cannot count yet, as a sentence; None where it knows all."""
-    if model.uses_sinks:
-        return f"sinks.num_tokens ({model.sinks.num_tokens}) must be 0 in a plan"
-    return None
 
 
 def planned_kernels(kernels: tuple[str, str], precision: Precision) -> tuple[str, str]:
@@ -69,6 +58,11 @@ def left_out(config: RunConfig) -> list[str]:
         lines.append(
             "activations and time are counted as if every parameter were trained: optimizer.freeze "
             "saves some"
+        )
+    if config.model.uses_sinks:
+        lines.append(
+            f"not counted: what model.sinks ({config.model.sinks.num_tokens} tokens beside each "
+            "microbatch) keep, send and compute; their parameters are counted"
         )
     has_experts = FfnKind.mixture_of_experts in config.model.layers.ffns
     if has_experts and config.model.moe.capacity_factor is None:

@@ -73,15 +73,18 @@ def test_a_plan_says_everything_about_each_stage() -> None:
 
 def test_a_plan_of_experts_says_who_holds_them_and_what_they_send() -> None:
     text = planned_text("experiment=cpt_76b", "plan.device=c550")
-    assert "76,055,286,272 parameters | bf16" in text
+    assert "76,055,745,024 parameters | bf16" in text
     assert "512 x c550" in text
     layout = (
         "pp 4 (one_f_one_b) x dp 128 (gradients) with ep 8, 1 row, "
         "recompute selective (norms, activations, experts)"
     )
     assert text.count(layout) == 3
-    words = ("rows of experts", "all-to-all", "edp_shard", "routing", "loaded them evenly")
-    assert all(each in text for each in words)
+    for words in (
+        "rows of experts", "all-to-all", "edp_shard", "routing", "loaded them evenly",
+        "not counted: what model.sinks (128 tokens",
+    ):  # fmt: skip
+        assert words in text, words
     # The 8k stage fits the report's devices; the others wait for sequences cut over ranks.
     assert [text.count(f"  {verdict}: ") for verdict in ("fits", "does NOT fit")] == [1, 2]
 

@@ -277,7 +277,7 @@ def test_512_ranks_share_out_the_experts_of_the_76b() -> None:
 def test_what_ranks_of_the_76b_hold_is_what_is_planned() -> None:
     """On 512 ranks of the report's layout, of every stage: parameters at rest, to the byte."""
     parallel = ParallelConfig(pp=4, dp=128, ep=8)
-    config = replace(SPIKINGBRAIN_7B, **{**SPIKINGBRAIN_76B, "sinks": SinkConfig()})
+    config = replace(SPIKINGBRAIN_7B, **SPIKINGBRAIN_76B)
     job = Job(model=config, precision=Precision.bf16, length=8192, rows=512, microbatch_rows=1)
     layout = Layout.of(parallel, NUM_RANKS)
     for rank in range(0, NUM_RANKS, 128):

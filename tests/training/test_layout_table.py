@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +105,13 @@ def test_experts_are_said_to_be_shared_out() -> None:
     assert "evenly" not in lines_of(config, 1)[-1]
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        ({"sinks": {"num_tokens": 4}}, r"sinks\.num_tokens \(4\) must be 0 in a plan"),
-    ],
-)
-def test_a_model_that_the_planner_does_not_know_is_shown_without_memory(
-    model: dict[str, Any], reason: str
-) -> None:
-    config = config_with(model={**FOUR_LAYERS, **model})
-    last = lines_of(config, 1)[-1]
-    assert re.fullmatch(f"no planned memory: {reason}", last)
-    with pytest.raises(ValueError, match=f"{reason}. Run it to see what it takes"):
-        planned_memory(config, num_ranks=1, kernels=KERNELS)
+def test_sinks_are_counted_as_parameters_and_said_to_be_left_out() -> None:
+    config = config_with(model={**FOUR_LAYERS, "sinks": {"num_tokens": 4}})
+    reason = "  not counted: what model.sinks (4 tokens beside each microbatch) keep, send and"
+    assert lines_of(config, 1)[-1].startswith(reason)
+    assert not any("sinks" in line for line in lines_of(config_with(), 1))
+    (memory,) = planned_memory(config, num_ranks=1, kernels=KERNELS)
+    assert memory.parameters == parameter_count(config.model)
 
 
 def test_columns_are_aligned() -> None:
