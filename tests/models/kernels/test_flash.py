@@ -116,7 +116,7 @@ def varlen_forward(
 
 
 def varlen_backward(
-    dout: Tensor,
+    grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -155,11 +155,11 @@ def varlen_backward(
     scores = _scores(q, k, bounds, softmax_scale, causal, window_size_left)
     weights = (scores - softmax_lse[..., None]).exp()
     keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    delta = (dout * out).sum(-1).T[..., None]
-    grad = softmax_scale * weights * (torch.einsum("qnh,knh->nqk", dout, values) - delta)
+    delta = (grad_out * out).sum(-1).T[..., None]
+    grad = softmax_scale * weights * (torch.einsum("qnh,knh->nqk", grad_out, values) - delta)
     dq.copy_(torch.einsum("nqk,knh->qnh", grad, keys))
     dk.copy_(torch.einsum("nqk,qnh->knh", grad, q).unflatten(1, groups).sum(2))
-    dv.copy_(torch.einsum("nqk,qnh->knh", weights, dout).unflatten(1, groups).sum(2))
+    dv.copy_(torch.einsum("nqk,qnh->knh", weights, grad_out).unflatten(1, groups).sum(2))
     return delta
 
 
