@@ -14,7 +14,13 @@ from typing import Any, ClassVar
 import torch
 from pydantic import TypeAdapter
 
-from launch import bench_checkpoint, bench_device_suites, bench_parallel, bench_suites
+from launch import (
+    bench_checkpoint,
+    bench_device_suites,
+    bench_experts,
+    bench_parallel,
+    bench_suites,
+)
 from launch.bench_engine import ROWS
 from launch.bench_rows import Row, Setting
 from launch.compose import command
@@ -39,6 +45,7 @@ SUITES: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "block": bench_device_suites.block,
     "parallel": bench_parallel.parallel,
     "checkpoint": bench_checkpoint.checkpoint,
+    "moe": bench_experts.moe,
 }
 
 
@@ -57,6 +64,7 @@ class Suite(Enum):
     block = "block"
     parallel = "parallel"
     checkpoint = "checkpoint"
+    moe = "moe"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +114,8 @@ def main(config: BenchConfig) -> None:
     `model=NAME` with `precision`, `short_tokens` and `long_tokens` takes the sizes of any preset;
     ceilings, neuron and block hold the parts of a step against what the device does at best,
     parallel each layout of 2 and 4 ranks against one process, and what it sends against the plan,
-    checkpoint saves beside training against saves that hold it, both in steps of `parallel_tokens`.
+    checkpoint saves beside training against saves that hold it, both in steps of `parallel_tokens`,
+    moe experts against a dense layer of equal active FLOPs, and under ep 2.
 
     Rows are name, ours, baseline, ratio (ours / baseline), unit, goal (the largest ratio that is
     good enough) and met. Pairs run in turn; figures are medians.

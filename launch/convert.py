@@ -26,6 +26,7 @@ from models.conversion.certificate import build_certificate, compare_numerically
 from models.conversion.convert import TargetTensor, plan_conversion
 from models.conversion.huggingface import SafetensorsFolder, copy_tokenizer, write_json
 from models.conversion.new_parameters import KeyBias, NormInit
+from models.conversion.own_format import read_spikes
 from models.conversion.source_checks import becomes_linear, warn_of_changes
 from models.conversion.source_config import read_config, read_format
 from models.layer_pattern import LayerPattern
@@ -83,7 +84,9 @@ def target_model(config: ConvertConfig, base: ModelConfig) -> ModelConfig:
     changes: dict[str, Any] = {}
     if config.mixers is not None:
         layers = len(LayerPattern.parse_mixers(config.mixers))
-        changes |= {"mixers": config.mixers, "ffns": f"d*{layers}"}
+        changes["mixers"] = config.mixers
+        if layers != target.num_hidden_layers:
+            changes["ffns"] = f"d*{layers}"
     for name in ("window_tokens", "window_includes_self"):
         if getattr(config, name) is not None:
             changes[name] = getattr(config, name)
@@ -192,10 +195,11 @@ def _write(  # noqa: PLR0913 - everything that a checkpoint consists of
             "vocab_size": tokenizer.vocab_size,
             "eos_token_id": tokenizer.eos_token_id,
         }
+    spiking, _ = read_spikes(source.config) or (SpikingConfig(), None)
     manifest = {
         "model": TypeAdapter(ModelConfig).dump_python(target, mode="json"),
         "pattern": target.layers.describe(),
-        "spiking": TypeAdapter(SpikingConfig).dump_python(SpikingConfig(), mode="json"),
+        "spiking": TypeAdapter(SpikingConfig).dump_python(spiking, mode="json"),
         "step": 0,
         "stage": None,
         "stage_step": 0,

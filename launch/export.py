@@ -18,8 +18,11 @@ from models.config import NeuronKind, SpikingConfig
 from models.conversion.config_keys import Format
 from models.conversion.convert import plan_conversion
 from models.conversion.export import MAX_SHARD_BYTES, export_folder
-from models.conversion.huggingface import SafetensorsFolder, TensorEntry
+from models.conversion.huggingface import CONFIG, SafetensorsFolder, TensorEntry, read_json
+from models.conversion.own_format import read_spikes
 from models.conversion.target_config import choose_format, write_config
+from models.spiking.neurons import Spikes
+from models.spiking.schedule import spikes_at
 from models.strict import STRICT
 from parallel.checkpoint import tensor_dtypes
 from training.weight_source import MODEL, WeightSource, open_weights
@@ -36,6 +39,7 @@ class ExportFormat(Enum):
     llama = "llama"
     mistral = "mistral"
     gla_swa = "gla_swa"
+    synfire = "synfire"
 
 
 class ExportDtype(Enum):
@@ -69,7 +73,8 @@ class ExportConfig:
 def main(config: ExportConfig) -> None:
     """Write a checkpoint as a Hugging Face folder, tensor by tensor.
 
-    Plain Transformers get their base's own format, L/S models the public gla_swa format.
+    Plain Transformers get their base's own format, L/S models the public gla_swa format, all
+    others ours (synfire), which transformers runs with trust_remote_code=True.
     """
     export(config)
 
@@ -82,20 +87,18 @@ def export(config: ExportConfig) -> Format:
     """
     source = open_weights(config.checkpoint)
     format = _format(config, source)
-    spiking = _spiking(source)
+    spiking, spikes = _spiking(source)
     write_config(source.model, format, dtype=torch.float32, spiking=spiking)  # refuses early
-    if spiking is not None and spiking.neuron is not NeuronKind.off:
-        logger.warning(
-            "spiking (%s, k = %g) is noted in config.json: the format has no neurons.",
-            spiking.neuron.value, spiking.k,
-        )  # fmt: skip
+    _note_spiking(format, spiking, spikes)
     export_folder(
         entries(source, config.dtype),
         source.model,
         Path(config.out),
         format=format,
         tokenizer=source.tokenizer_folder,
+        eos_token_id=((source.manifest or {}).get("tokenizer") or {}).get("eos_token_id"),
         spiking=spiking,
+        spikes=spikes,
         max_shard_bytes=config.max_shard_bytes,
     )
     logger.info(
@@ -138,9 +141,37 @@ def _base_format(source: WeightSource) -> Format | None:
     return None if source.format is None else Format[source.format]
 
 
-def _spiking(source: WeightSource) -> SpikingConfig | None:
-    raw = None if source.manifest is None else source.manifest.get("spiking")
-    return None if raw is None else TypeAdapter(SpikingConfig).validate_python(raw)
+def _spiking(source: WeightSource) -> tuple[SpikingConfig | None, Spikes | None]:
+    """What was asked for, and how the last trained step spiked."""
+    if source.manifest is None:
+        return read_spikes(read_json(source.path / CONFIG)) or (None, None)
+    raw = source.manifest.get("spiking")
+    if raw is None:
+        return None, None
+    spiking = TypeAdapter(SpikingConfig).validate_python(raw)
+    return spiking, spikes_at(spiking, max(0, source.manifest.get("step", 0) - 1))
+
+
+def _note_spiking(format: Format, spiking: SpikingConfig | None, spikes: Spikes | None) -> None:
+    """Say whether the exported model spikes."""
+    if spiking is None or spiking.neuron is NeuronKind.off:
+        return
+    if format is not Format.synfire:
+        logger.warning(
+            "spiking (%s, k = %g) is noted in config.json: the format has no neurons. "
+            "format=synfire has.",
+            spiking.neuron.value, spiking.k,
+        )  # fmt: skip
+    elif spikes is None:
+        logger.warning(
+            "the exported model does not spike: training had not come to start_step (%d).",
+            spiking.start_step,
+        )
+    else:
+        logger.info(
+            "the exported model spikes (%s, k = %g, blend = %g); spiking=None leaves that out",
+            spiking.neuron.value, spikes.k, spikes.blend,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def _record_of_run(run: PlannedRun) -> dict[str, Any]:
         "layout": {
             "description": describe(run.first),
             "pp": layout.pp, "dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard,
-            "tp": layout.tp,
+            "tp": layout.tp, "ep": layout.ep,
         },
         "pipeline_stages": [asdict(stage) for stage in run.first.given.stages],
         "peak_bytes": run.peak_bytes,

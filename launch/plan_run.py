@@ -5,6 +5,7 @@ From a run's config to the planner's arithmetic in `parallel`; the checks are th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -56,7 +57,11 @@ class PlannedRun:
 
 def wanted_devices(parallel: ParallelConfig) -> int:
     """Ranks that a layout asks for by itself; axes left to be derived count one."""
-    dp = parallel.dp or parallel.dp_replicate * (parallel.dp_shard or 1)
+    shards = parallel.dp_shard
+    if shards is None:
+        dp = parallel.dp or math.lcm(parallel.dp_replicate, parallel.ep)
+    else:
+        dp = parallel.dp_replicate * shards
     return parallel.pp * parallel.tp * dp
 
 

@@ -8,15 +8,29 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import from_numpy
 
-from launch.report_figures import BLUE, GREEN, INK, ORANGE, PURPLE, figure, image, share_limits
+from launch.report_figures import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    figure,
+    image,
+    share_limits,
+)
 from launch.report_inputs import Raster, Row, by_site
 from models.spiking.codes import SpikeCode, expand
 
 SITES = {
     "mixer_in": ("mixer input (q, k, v, gate)", BLUE, "o"),
     "mixer_out": ("mixer output (o)", ORANGE, "s"),
+    "mixer_out_linear": ("L branch output (o)", ORANGE, "<"),
+    "mixer_out_sliding_window": ("S branch output (o)", INK, ">"),
+    "mixer_out_full": ("F branch output (o)", FAINT, "v"),
     "ffn_in": ("FFN input (gate, up)", GREEN, "^"),
     "ffn_out": ("FFN output (down)", PURPLE, "D"),
+    "expert_out": ("expert output (down)", INK, "v"),
 }
 """Where spikes are, in the order of a block: words, colour, marker."""
 

@@ -65,7 +65,7 @@ def help_text(name: str, schema: type[Any], purpose: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-_LATER_KEYS = ("cp", "ep", "zero")
+_LATER_KEYS = ("cp", "zero")
 
 
 def _without_later(tree: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """What keeps experts evenly loaded: losses of the router, and how its states move.
 
 A loss is defined on units that no layout cuts, and divided by numbers of the whole step that are
-known before the first backward pass, so that microbatches, ranks and stages only add up. With f_i
-the share of expert i in the choices of a unit, P_i the mean of its scores' shares over the tokens
-of the unit (softmax: the scores; sigmoid: divided by their sum) and E experts:
+known before the first backward pass, so that microbatches, ranks and stages only add up. Every
+token of a packed row is a real one, and choices count before any is dropped. With f_i the share of
+expert i in the choices of a unit, P_i the mean of its scores' shares over the tokens of the unit
+(softmax: the scores; sigmoid: divided by their sum) and E experts:
 
 - `row`: E sum_i f_i P_i of each packed row, the mean over all rows of the step.
 - `previous_step`: the same with f_i of the whole previous optimizer step (uniform before the

@@ -62,7 +62,10 @@ class Block(nn.Module):
                     mixed, sinks_mixed = self.mixer(normed, sequence, spikes, sinks_normed)
                     x, sinks = x + mixed, _add(sinks, sinks_mixed)
         with recomputed(self.ffn_norm, x, when=self._norms_again) as normed:
-            out: Tensor = x + self._feed(normed, sequence.positions, spikes, routing)
+            if isinstance(self.ffn, SwiGLU):
+                out: Tensor = x + self.ffn(normed, spikes)
+            else:
+                out = x + self.ffn(normed, sequence.positions, spikes, routing)
         return out if sinks is None else (out, sinks + self._feed_sinks(sinks, spikes))
 
     def begin(self, sinks: Tensor, spikes: Spikes | None = None) -> tuple[Tensor, MixerState]:
@@ -89,21 +92,11 @@ class Block(nn.Module):
         if self.mixer is not None and self.mixer_norm is not None:
             mixed, state = self.mixer.extend(self.mixer_norm(x), state, spikes)
             x = x + mixed
+        normed = self.ffn_norm(x)
+        if isinstance(self.ffn, SwiGLU):
+            return x + self.ffn(normed, spikes), state
         positions = torch.arange(first_position, first_position + x.shape[1], device=x.device)
-        return x + self._feed(self.ffn_norm(x), positions[None], spikes), state
-
-    def _feed(
-        self,
-        normed: Tensor,
-        positions: Tensor,
-        spikes: Spikes | None,
-        routing: Routing | None = None,
-    ) -> Tensor:
-        if isinstance(self.ffn, MixtureOfExperts):
-            mixed: Tensor = self.ffn(normed, positions, spikes, routing)
-            return mixed
-        out: Tensor = self.ffn(normed, spikes)
-        return out
+        return x + self.ffn(normed, positions[None], spikes), state
 
     def _feed_sinks(self, sinks: Tensor, spikes: Spikes | None) -> Tensor:
         normed, unrecorded = unobserved(self.ffn_norm)(sinks), unobserved(spikes)

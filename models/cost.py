@@ -35,11 +35,11 @@ def active_parameter_count(config: ModelConfig) -> int:
 
 
 def new_parameter_count(config: ModelConfig) -> int:
-    """Parameters that conversion adds to a Transformer's: gates and head norms."""
+    """Parameters that conversion adds to a Transformer's: gates, head norms, routers."""
     return sum(
         math.prod(layout.global_shape)
         for name, layout in parameter_layouts(config).items()
-        if is_new_parameter(name)
+        if is_new_parameter(name) and not layout.is_state
     )
 
 
@@ -76,18 +76,20 @@ def _is_met_twice(config: ModelConfig, name: str) -> bool:
 class FlopsPerToken:
     """Training FLOPs a token (forward and backward): embedding, each layer, head with loss.
 
-    A layer's are those of its matrices (`products`) and of its attention (`mixing`).
+    A layer's are those of its matrices (`products`) and of its attention, which runs on kernels of
+    two kinds (`softmax`, `linear`).
     """
 
     embedding: float
     products: tuple[float, ...]
-    mixing: tuple[float, ...]
+    softmax: tuple[float, ...]
+    linear: tuple[float, ...]
     head: float
 
     @property
     def layers(self) -> tuple[float, ...]:
         """Of each layer."""
-        return tuple(a + b for a, b in zip(self.products, self.mixing, strict=True))
+        return tuple(map(sum, zip(self.products, self.softmax, self.linear, strict=True)))
 
     @property
     def total(self) -> float:
@@ -124,17 +126,29 @@ def flops_by_part(
     queries = config.num_attention_heads * config.head_dim
     states = config.num_attention_heads + config.num_key_value_heads
     inside_chunk = 2 * linear_chunk_tokens * queries
-    of_mixer = {
+    of_softmax = {
         MixerKind.full: 4 * mean_visible_full * queries,
         MixerKind.sliding_window: 4 * mean_visible_window * queries,
-        MixerKind.linear: 2 * config.head_dim**2 * states + inside_chunk,
     }
+    of_linear = {MixerKind.linear: 2 * config.head_dim**2 * states + inside_chunk}
+    softmax, linear = (
+        tuple(3.0 * sum(flops.get(kind, 0.0) for kind in each) for each in config.layers.mixers)
+        for flops in (of_softmax, of_linear)
+    )
     return FlopsPerToken(
         embedding=0.0,
         products=tuple(3.0 * 2 * count for count in _matrix_parameters_of_layers(config)),
-        mixing=tuple(3.0 * sum(of_mixer[kind] for kind in each) for each in config.layers.mixers),
+        softmax=softmax,
+        linear=linear,
         head=3.0 * 2 * config.vocab_size * config.hidden_size,
     )
+
+
+def expert_flops_per_token(config: ModelConfig) -> tuple[float, float]:
+    """FLOPs a token, forward alone, of one layer's routed and of its shared experts."""
+    moe = config.moe
+    each = 2.0 * 3 * config.hidden_size * config.expert_intermediate_size
+    return moe.top_k * each, moe.num_shared_experts * each
 
 
 def mean_visible(lengths: Iterable[int], window_tokens: int | None = None) -> float:

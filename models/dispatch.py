@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.expert_config import ExpertConfig
 from models.grouped_linear import Groups
 
 
@@ -99,6 +100,19 @@ def capacity(factor: float, *, top_k: int, num_tokens: int, num_experts: int) ->
     # The factor as it is written: 1.1 is above 11 / 10 as a float.
     share = Fraction(str(factor)) * top_k * num_tokens / num_experts
     return min(math.ceil(share), num_tokens)
+
+
+def num_expert_rows(moe: ExpertConfig, num_rows: int, num_tokens: int) -> int:
+    """M of so many packed rows of tokens, rows that only fill up included."""
+    if moe.capacity_factor is None:
+        return num_rows * num_tokens * moe.top_k
+    each = capacity(
+        moe.capacity_factor,
+        top_k=moe.top_k,
+        num_tokens=num_tokens,
+        num_experts=moe.num_experts,
+    )
+    return num_rows * moe.num_experts * each
 
 
 class _ToRows(torch.autograd.Function):

@@ -31,6 +31,9 @@ class Experts(nn.Module):
             pass.
     """
 
+    sends_spikes = False
+    """Whether rows are to come with what they are multiples of."""
+
     def __init__(
         self,
         num_experts: int,

@@ -8,6 +8,7 @@ Shape letters: M rows, E experts, I features in, O features out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Private before torch 2.10.
+# Private in older releases.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 _ALIGNMENT_BYTES = 16
 """What torch's grouped matmul asks of a row."""
@@ -31,13 +32,24 @@ class Groups:
         counts: rows of each expert, `[E]` int64 on the rows' device.
         length: the number of rows that all experts have; None where they differ.
         is_real: `[M]`, False for rows that only fill up to `length`; None where all are real.
+        scale: `[M, 1]`, what spiked rows are whole multiples of; None where they are not spiked.
     """
 
     def __init__(
-        self, counts: Tensor, *, length: int | None = None, is_real: Tensor | None = None
+        self,
+        counts: Tensor,
+        *,
+        length: int | None = None,
+        is_real: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> None:
         self.counts, self.length, self.is_real = counts, length, is_real
+        self.scale = scale
         self._sizes: list[int] | None = None
+
+    def spiked(self, scale: Tensor) -> Groups:
+        """The same groups of rows that are multiples of a scale."""
+        return Groups(self.counts, length=self.length, is_real=self.is_real, scale=scale)
 
     @property
     def ends(self) -> Tensor:
@@ -143,4 +155,20 @@ def _takes(left: Tensor, right: Tensor) -> bool:
     if left.numel() == 0 or right.numel() == 0:
         return False
     widths = (left.shape[-1], *right.shape[1:])
-    return all(width * left.element_size() % _ALIGNMENT_BYTES == 0 for width in widths)
+    if any(width * left.element_size() % _ALIGNMENT_BYTES for width in widths):
+        return False
+    return _computes(left.device, left.dtype)
+
+
+@functools.cache
+def _computes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped matmul gives right numbers here: releases take different things."""
+    ones, matrices = (torch.ones(*s, device=device, dtype=dtype) for s in ((16, 16), (2, 16, 16)))
+    ends = torch.tensor([4, 16], dtype=torch.int32, device=device)
+    try:
+        products = _grouped_mm(ones, matrices, offs=ends)
+        sums = _grouped_mm(ones.t(), ones, offs=ends)
+    except (RuntimeError, NotImplementedError):
+        return False
+    expected = torch.tensor([4.0, 12.0], device=device, dtype=dtype)[:, None, None]
+    return bool((products == 16).all()) and bool((sums == expected).all())

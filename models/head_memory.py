@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from models.activation_memory import PLAIN_KERNELS, Workload, enter, norm
 from models.memory_tape import Footprint, Tape
+from models.operation_memory import PLAIN_KERNELS, Workload, enter, norm
 
 
 def embedding_footprint(work: Workload, vocab_rows: int) -> Footprint:

@@ -72,6 +72,7 @@ class Tape:
     def __init__(self, source_bytes: int) -> None:
         self.source = Value(source_bytes)
         self._operations: list[_Operation] = []
+        self._kept = 0
         self._regions = 0
         self._region: int | None = None
 
@@ -88,6 +89,10 @@ class Tape:
             self._regions += 1
         yield
         self._region = before
+
+    def keep(self, size: int) -> None:
+        """Hold bytes from forward to the end of backward, whatever is computed again."""
+        self._kept += size
 
     def op(  # noqa: PLR0913 - what an operation is
         self,
@@ -145,6 +150,9 @@ class Tape:
             each.output.size + sum(value.size for value in each.inputs)
             for each in self._operations
             if not each.is_product
+        )
+        kept, forward_peak, first, later = (
+            size + self._kept for size in (kept, forward_peak, first, later)
         )
         return Footprint(kept, forward_peak, first, later, weights, split, traffic)
 
@@ -221,7 +229,8 @@ class _Replay:
             live -= _release(gradient) + each.saved_aside
             finished = each.saved
             if each.region is not None and first_of[each.region] is each:
-                finished = (*finished, *arguments[each.region])
+                outside = [v for v in arguments[each.region] if self.region_of.get(v) is None]
+                finished = (*finished, *outside)
             for value in finished:
                 savers[value] -= 1
                 live -= 0 if savers[value] else value.size
@@ -232,17 +241,31 @@ class _Replay:
         if region in regions:
             return 0, 0
         regions.add(region)
-        inside = [each for each in self.operations if each.region == region]
-        sizes = [each.output.size for each in inside if savers[each.output]]
-        others = sum(each.output.size for each in inside if not savers[each.output])
-        made = sum(sizes) + sum(each.saved_aside for each in inside)
-        before, scratch = 0, max(each.scratch for each in inside)
+        before = freed = 0
         for value in self._arguments()[region]:
             inner = self.region_of.get(value)
             if inner is not None:
-                more, _ = self._again(inner, regions, savers)
-                before += more
-        return before + made, others + scratch
+                before += self._again(inner, regions, savers)[0]
+                # What another region made again is not kept for this one.
+                savers[value] -= 1
+                freed += 0 if savers[value] else value.size
+        made, peak = self._made_again(region, savers)
+        return before + made - freed, peak - made + freed
+
+    def _made_again(self, region: int, savers: Counter[Value]) -> tuple[int, int]:
+        """Bytes that a region's second run leaves, and its peak; what it returns lives as long."""
+        inside = [each for each in self.operations if each.region == region]
+        returned = {v for each in self.operations if each.region != region for v in each.inputs}
+        last_use = {v: i for i, each in enumerate(inside) for v in (*each.inputs, *each.held)}
+        live = peak = made = 0
+        for index, each in enumerate(inside):
+            live += each.output.size + each.saved_aside
+            made += each.saved_aside + (each.output.size if savers[each.output] else 0)
+            peak = max(peak, live + each.scratch)
+            for value in {*each.inputs, *each.held, each.output} - returned:
+                is_done = self.region_of.get(value) == region and last_use.get(value, -1) <= index
+                live -= value.size if is_done and not savers[value] else 0
+        return made, peak
 
 
 def _accumulate(gradients: dict[Value, _Gradient], value: Value, new: _Gradient) -> tuple[int, int]:

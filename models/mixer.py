@@ -75,7 +75,7 @@ class Mixer(nn.Module):
         """Mix `[B, T, D]` within documents; with `sinks` `[1, S, D]` both, None if they pass by."""
         operands, of_sinks = self._operands(x, sequence, spikes), self._sink_operands(sinks, spikes)
         mixing = (self._attend, *operands, sequence, of_sinks)
-        norms, weigh = self._head_norms(self._places), self.merge if self._merges_heads else None
+        norms, weigh = self._head_norms(self._places), self._head_weights
         encodes_again = self._mixer_again or (self._norms_again and any(norms))
         with recomputed(*mixing, when=self._mixer_again) as both:
             mixed, sinks_mixed = both[: len(norms)], both[len(norms) :]
@@ -113,8 +113,9 @@ class Mixer(nn.Module):
             out, new = branch.core.extend(own, entered, before)
             mixed.append(out)
             after.append(new)
-        norms, weigh = self._head_norms(self._places), self.merge if self._merges_heads else None
-        encoded = self._encode(tuple(mixed), norms, weigh, spikes)
+        encoded = self._encode(
+            tuple(mixed), self._head_norms(self._places), self._head_weights, spikes
+        )
         out = self._join(self._project_back(encoded, self._places))
         return out, tuple(after) if len(after) > 1 else after[0]
 
@@ -244,6 +245,11 @@ class Mixer(nn.Module):
 
     def _output_norms(self, places: Places) -> Norms:
         return tuple(self.branches[i].output_norm for i in places)
+
+    @property
+    def _head_weights(self) -> BranchWeights | None:
+        """What weighs heads, where branches meet before the output projection."""
+        return self.merge if self._merges_heads else None
 
     @property
     def _sites(self) -> list[str]:

@@ -11,6 +11,7 @@ Shape letters: B rows, T tokens, D hidden, E experts, K choices of a token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from models.layers import Parts
 from models.recompute import recomputed, unobserved
 from models.router import Choice, Router
 from models.routing import Routing
-from models.spiking.neurons import Spikes, encode
+from models.spiking.neurons import AdaptiveThreshold, Spikes, encode
 
 
 class MixtureOfExperts(nn.Module):
@@ -98,7 +99,7 @@ class MixtureOfExperts(nn.Module):
         """The layer; what FSDP has hooks on is given, so that it runs again without them."""
         with recomputed(router, x, when=self._router_again) as logits:
             choice = self.router.choose(logits, self._held(positions))
-        plan = self._plan(choice, routing)
+        plan = self._spiked(self._plan(choice, routing), x, spikes)
         weights = self._layers.enter(choice.weights)
         with recomputed(self.enter, x, spikes, when=self._norms_again) as entered:
             shared = None if self.shared is None else self.shared(entered, spikes)
@@ -136,6 +137,15 @@ class MixtureOfExperts(nn.Module):
             self._moe.num_experts,
             capacity_factor=None if routing is None else self._moe.capacity_factor,
         )
+
+    @torch.no_grad()
+    def _spiked(self, plan: Dispatch, x: Tensor, spikes: Spikes | None) -> Dispatch:
+        """The plan, with what the experts' rows are multiples of where they travel as spikes."""
+        neuron, is_asked = self.in_neuron, getattr(self.experts, "sends_spikes", False)
+        if spikes is None or not is_asked or not isinstance(neuron, AdaptiveThreshold):
+            return plan
+        scale = self._layers.enter(neuron.threshold(x, spikes.k))
+        return replace(plan, groups=plan.groups.spiked(plan.rows(scale)))
 
     def _train_router(
         self, out: Tensor, choice: Choice, plan: Dispatch, routing: Routing

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.expert_config import ExpertConfig
+
 SUMS = ("dropped", "entropy", "balance_loss", "z_loss")
 """What is added up over tokens besides the choices of each expert."""
 
@@ -86,16 +88,21 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class StepRouting:
-    """What all tokens of a step chose, by layer: counts `[E]` and other sums, on the CPU."""
+    """What all tokens of a step chose, by layer: counts `[E]` and other sums, on the CPU.
+
+    `num_choices` is the number of tokens times that of experts which each visits.
+    """
 
     counts: Mapping[int, Tensor]
     sums: Mapping[int, Mapping[str, float]]
     max_logits: Mapping[int, float]
     num_tokens: int
+    num_choices: int
 
     @classmethod
-    def of(cls, summed: Mapping[str, Tensor], *, num_experts: int, num_tokens: int) -> StepRouting:
+    def of(cls, summed: Mapping[str, Tensor], moe: ExpertConfig, *, num_tokens: int) -> StepRouting:
         """From the tensors of all ranks' recorders, summed."""
+        num_experts = moe.num_experts
         end = num_experts + len(SUMS)
         layers = {int(name): vector for name, vector in summed.items()}
         order = sorted(layers)
@@ -107,12 +114,12 @@ class StepRouting:
             },
             max_logits={layer: float(layers[layer][end:].max()) for layer in order},
             num_tokens=num_tokens,
+            num_choices=num_tokens * moe.top_k,
         )
 
     def loads(self, layer: int) -> Tensor:
         """Share of each expert in a layer's choices, `[E]`."""
-        counts = self.counts[layer]
-        return counts / counts.sum()
+        return self.counts[layer] / self.num_choices
 
     def metrics(self) -> dict[str, float]:
         """`moe/<layer>/<metric>` of each layer, and the losses of all layers together."""
@@ -123,7 +130,7 @@ class StepRouting:
                 "load_max": float(loads.max()),
                 "load_min": float(loads.min()),
                 "dead_experts": float((counts == 0).sum()),
-                "dropped_share": sums["dropped"] / float(counts.sum()),
+                "dropped_share": sums["dropped"] / self.num_choices,
                 "entropy": sums["entropy"] / self.num_tokens,
                 "max_logit": self.max_logits[layer],
             }

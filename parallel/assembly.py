@@ -24,6 +24,7 @@ from models.recomputation import NOTHING, Recomputation
 from parallel.boxes import local_of
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.engine_protocol import ParamGroup
+from parallel.experts import ExpertParallelLayers, check_expert_parallel
 from parallel.fully_sharded import master_dtype, shard_model
 from parallel.mesh import Mesh
 from parallel.pipeline_cut import StageCut
@@ -110,6 +111,7 @@ def build_teacher(
     """
     check_teacher(spec.config, student.config, spec.goals, pp=mesh.pp_size)
     check_tensor_parallel(spec.config, mesh.tp_size)
+    check_expert_parallel(spec.config, mesh.ep_size)
     check_sinks(spec.config, layout)
     blueprint = replace(
         student, config=spec.config, spiking=None, recompute=NOTHING, offload=spec.offload
@@ -145,11 +147,13 @@ def materialise(
 
 
 def provider(mesh: Mesh, layout: ParallelConfig) -> LayerProvider:
-    """Cut layers where there is a tensor-parallel axis, plain ones otherwise."""
+    """Cut layers where there is a tensor-parallel axis, plain ones otherwise; experts likewise."""
+    ep_group = mesh.ep_group if mesh.ep_size > 1 else None
     if mesh.tp_size == 1:
-        return LocalLayers()
+        return LocalLayers() if ep_group is None else ExpertParallelLayers(ep_group)
     return TensorParallelLayers(
         mesh.tp_group,
+        ep_group=ep_group,
         sequence_parallel=layout.sequence_parallel,
         vocab_multiple=layout.vocab_multiple,
     )

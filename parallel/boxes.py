@@ -165,7 +165,7 @@ def write_items(
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where this rank's part of one parameter lies: cut over tp first, then by rows over FSDP.
+    """Where this rank's part of one parameter lies: cut over tp and ep first, then over FSDP.
 
     `num_rows` of the local rows are the global tensor's; what follows is padding (of the
     vocabulary) that no checkpoint holds.
@@ -180,20 +180,21 @@ class Region:
         return Box(local[: self.num_rows], self.offsets, self.global_shape)
 
 
-def region_of(tensor: Tensor, layout: ParamLayout | None = None, *, tp_rank: int = 0) -> Region:
+def region_of(
+    tensor: Tensor, layout: ParamLayout | None = None, *, tp_rank: int = 0, ep_rank: int = 0
+) -> Region:
     """Where a parameter's local values belong; a plain tensor without a layout is whole.
 
-    FSDP2 cuts dim 0 into equal pieces of `ceil(rows / ranks)`, so that the last ranks may hold
-    fewer rows or none.
+    FSDP2 cuts one dim into equal pieces of `ceil(size / ranks)`, so that the last ranks may hold
+    less or nothing.
     """
-    shape = list(tensor.shape)
-    offsets = [0] * len(shape)
-    offsets[0] = _first_row(tensor)
-    num_rows = local_of(tensor).shape[0]
+    shape, num_rows = list(tensor.shape), local_of(tensor).shape[0]
+    offsets = _first_of_shard(tensor)
     if layout is None:
         return Region(tuple(offsets), tuple(shape), num_rows)
-    if layout.tp_dim is not None:
-        offsets[layout.tp_dim] += tp_rank * shape[layout.tp_dim]
+    for dim, rank in ((layout.tp_dim, tp_rank), (layout.ep_dim, ep_rank)):
+        if dim is not None:
+            offsets[dim] += rank * shape[dim]
     whole = layout.global_shape
     offsets[0] = min(offsets[0], whole[0])
     return Region(tuple(offsets), whole, min(num_rows, whole[0] - offsets[0]))
@@ -208,16 +209,17 @@ def local_of(tensor: Tensor) -> Tensor:
     return local
 
 
-def _first_row(tensor: Tensor) -> int:
-    """The first row that FSDP gave this rank, of the tensor that it was given."""
+def _first_of_shard(tensor: Tensor) -> list[int]:
+    """Where the part begins that FSDP gave this rank, in the tensor that FSDP was given."""
+    offsets = [0] * tensor.dim()
     if not isinstance(tensor, DTensor):
-        return 0
-    first, rows = 0, tensor.shape[0]
+        return offsets
     for axis, placement in enumerate(tensor.placements):
         if isinstance(placement, Shard):
-            assert placement.dim == 0, "parameters are sharded by rows"
-            size = -(-rows // tensor.device_mesh.size(axis))
-            first = min(tensor.device_mesh.get_local_rank(axis) * size, rows)
-            held = local_of(tensor).shape[0]
-            assert held == min(size, rows - first), (held, size, first)
-    return first
+            dim = placement.dim
+            size = -(-tensor.shape[dim] // tensor.device_mesh.size(axis))
+            first = min(tensor.device_mesh.get_local_rank(axis) * size, tensor.shape[dim])
+            held = local_of(tensor).shape[dim]
+            assert held == min(size, tensor.shape[dim] - first), (held, size, first)
+            offsets[dim] = first
+    return offsets

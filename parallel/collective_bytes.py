@@ -1,6 +1,6 @@
 """What one rank sends and receives in a step: each kind of collective, how often, how many bytes.
 
-Counts the collectives of tensors; the few numbers that ranks agree on every step are left out. The
+Counts the collectives of tensors; the few numbers that ranks gather every step are left out. The
 size of a collective is that of its whole tensor: what an all-gather puts out, what a reduce-scatter
 takes in, what is reduced or sent.
 """
@@ -9,43 +9,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
 
-from models.config import ThresholdGrad
-from models.layer_pattern import MixerKind
+from models.layer_pattern import FfnKind
+from models.routing import SUMS
 from parallel.config import Shard
+from parallel.expert_bytes import COUNT_BYTES, Messages
 from parallel.memory_replay import StageBytes
 from parallel.pipeline_cut import StageCut
 from parallel.planned import Assignment
+from parallel.region_traffic import tensor_parallel
 from parallel.schedule_order import Action, Work
+from parallel.traffic import Kind, Traffic
 from parallel.unit_sizes import own_rows, partial_elements, vocabulary_rows
-
-
-class Kind(Enum):
-    """Which collective."""
-
-    all_gather = "all-gather"
-    reduce_scatter = "reduce-scatter"
-    all_reduce = "all-reduce"
-    send = "send"
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """All collectives of one purpose in a step: `calls` of them, `size` bytes together."""
-
-    purpose: str
-    kind: Kind
-    axis: str
-    calls: int
-    size: int
-
-    def sent(self, num_ranks: int) -> float:
-        """Bytes that a rank sends if the collective runs around a ring of `num_ranks`."""
-        share = (num_ranks - 1) / num_ranks
-        factor = {Kind.all_reduce: 2 * share, Kind.send: 1.0}.get(self.kind, share)
-        return factor * self.size
 
 
 def step_traffic(given: Assignment, pp_rank: int) -> list[Traffic]:
@@ -54,7 +29,9 @@ def step_traffic(given: Assignment, pp_rank: int) -> list[Traffic]:
     found: list[Traffic] = []
     for stage, sizes in stages:
         if given.layout.tp > 1:
-            found += _tensor_parallel(given, stage)
+            found += tensor_parallel(given, stage)
+        if given.layout.ep > 1:
+            found += _expert_parallel(given, stage)
         found += _data_parallel(given, sizes, given.orders[pp_rank])
         found += _pipeline(given, stage)
     cuts = [stage for stage, _ in stages]
@@ -62,6 +39,7 @@ def step_traffic(given: Assignment, pp_rank: int) -> list[Traffic]:
         size = sum(_partial(given, stage) for stage in cuts) * given.job.master
         found.append(Traffic("partial gradients", Kind.all_reduce, "tp", 1, size))
     found += _tied(given, cuts)
+    found += _routing(given)
     return _joined(found)
 
 
@@ -76,36 +54,36 @@ def _joined(parts: Sequence[Traffic]) -> list[Traffic]:
     return [Traffic(*key, calls[key], sizes[key]) for key in calls if sizes[key]]
 
 
-def _tensor_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
-    """Borders of regions (`parallel.regions`), thresholds over cut channels, losses."""
-    job, work, count = given.job, given.work, given.num_microbatches
-    whole = work.tokens * job.model.hidden_size * job.narrow
-    regions = entered_again = left_again = encoded_again = 0
-    for layer in range(stage.first_layer, stage.end_layer):
-        mixers, again = job.model.layers.mixers[layer], job.again(layer)
-        regions += 1 + len(mixers)
-        entered_again += (1 + len(mixers)) * (again.block or again.norms)
-        # A block that runs again stops at its last operation that keeps something.
-        left_again += len(mixers) * again.block
-        is_mixed_again = again.mixer or (MixerKind.linear in mixers and again.norms)
-        encoded_again += again.block or again.activations
-        encoded_again += len(mixers) * (again.block or is_mixed_again)
-    entered, left = regions + stage.has_head, regions + stage.has_embedding
-    if work.sequence_parallel:
-        gathers = (entered + entered_again + left) * count
-        scatters = (left + left_again + entered) * count
-        yield Traffic("residual stream", Kind.all_gather, "tp", gathers, gathers * whole)
-        yield Traffic("residual stream", Kind.reduce_scatter, "tp", scatters, scatters * whole)
-    else:
-        calls = (left + left_again + entered) * count
-        yield Traffic("residual stream", Kind.all_reduce, "tp", calls, calls * whole)
-    numbers = work.tokens * job.master
-    if job.is_spiking:
-        is_trained = job.spiking.threshold_grad is ThresholdGrad.through
-        calls = (regions * (2 if is_trained else 1) + encoded_again) * count
-        yield Traffic("thresholds", Kind.all_reduce, "tp", calls, calls * numbers)
-    if stage.has_head:
-        yield Traffic("losses", Kind.all_reduce, "tp", 2 * count, 3 * numbers * count)
+def _expert_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
+    """Rows of experts, there and home: as spikes where there are any, as if all were small."""
+    job, count = given.job, given.num_microbatches
+    layers = [
+        layer
+        for layer in range(stage.first_layer, stage.end_layer)
+        if job.model.layers.ffns[layer] is FfnKind.mixture_of_experts
+    ]
+    messages = Messages(
+        moe=job.model.moe, hidden_size=job.model.hidden_size, rows=job.microbatch_rows,
+        length=job.length, ep=given.layout.ep, width=job.narrow,
+        scale_width=job.master if job.is_spiking else None,
+    )  # fmt: skip
+    each = messages.crossing()
+    named = job.recompute
+    again = named.blocks | named.experts | named.expert_layers
+    forward = count * (len(layers) + len(again.intersection(layers)))
+    backward = count * len(layers)
+    calls = forward * each.forward_calls + backward * each.backward_calls
+    size = forward * each.forward_size + backward * each.backward_size
+    yield Traffic("rows of experts", Kind.all_to_all, "ep", calls, size)
+
+
+def _routing(given: Assignment) -> Iterator[Traffic]:
+    """What all tokens of the step chose: the sums of `models.routing` of every expert layer."""
+    model, num_ranks = given.job.model, given.layout.num_devices
+    num_layers = model.layers.ffns.count(FfnKind.mixture_of_experts)
+    if num_layers and num_ranks > 1:
+        numbers = num_layers * (model.moe.num_experts + len(SUMS) + num_ranks)
+        yield Traffic("routing", Kind.all_reduce, "all", 1, numbers * COUNT_BYTES)
 
 
 def _partial(given: Assignment, stage: StageCut) -> int:
@@ -133,17 +111,18 @@ def _data_parallel(
             gathers = 1 if is_pipelined else count
         reductions = count if shards and not is_pipelined else 1
         width = job.master if unit.is_float32 else job.narrow
-        if layout.dp_shard > 1:
+        axis = "edp" if unit.is_expert else "dp"
+        if unit.num_shards > 1:
             size = unit.all.padded * width
-            yield Traffic("parameters", Kind.all_gather, "dp_shard", gathers, gathers * size)
+            yield Traffic("parameters", Kind.all_gather, f"{axis}_shard", gathers, gathers * size)
             size = unit.trained.padded * job.master
             yield Traffic(
-                "gradients", Kind.reduce_scatter, "dp_shard", reductions, reductions * size
+                "gradients", Kind.reduce_scatter, f"{axis}_shard", reductions, reductions * size
             )
-        if layout.dp_replicate > 1:
+        if unit.num_copies > 1:
             size = unit.trained.shard * job.master
             yield Traffic(
-                "gradients", Kind.all_reduce, "dp_replicate", reductions, reductions * size
+                "gradients", Kind.all_reduce, f"{axis}_replicate", reductions, reductions * size
             )
 
 

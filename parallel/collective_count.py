@@ -18,6 +18,7 @@ _OPERATORS = {
     "_c10d_functional.all_gather_into_tensor": ("all-gather", "result"),
     "_c10d_functional.reduce_scatter_tensor": ("reduce-scatter", "input"),
     "_c10d_functional.all_reduce": ("all-reduce", "input"),
+    "_c10d_functional.all_to_all_single": ("all-to-all", "input"),
 }
 
 

@@ -60,7 +60,10 @@ class Recompute(Enum):
 
 
 class RecomputeModule(Enum):
-    """What selective recomputation computes again in the backward pass."""
+    """What selective recomputation computes again in the backward pass.
+
+    Kinds of mixers stand for the layers that have one, whose branches run again together.
+    """
 
     norms = "norms"
     activations = "activations"
@@ -81,7 +84,8 @@ class ParallelConfig:
     """Sizes of the mesh axes pp, dp, cp, tp (tp innermost) and what is done along them.
 
     `dp` null is what the other axes leave of the processes; it is `dp_replicate x dp_shard`, and
-    parameters are sharded over `dp_shard` only. `virtual_stages` (stages a rank) null is 2 for
+    parameters are sharded over `dp_shard` only. `ep` data-parallel ranks share out the experts; it
+    is no factor of the number of ranks. `virtual_stages` (stages a rank) null is 2 for
     `interleaved` and 1 otherwise. `stage_layers` cuts the model by hand: layers of each stage, in
     order. `vocab_multiple`: where tp cuts the vocabulary, its rows are padded to a multiple of it.
     """
@@ -108,12 +112,11 @@ class ParallelConfig:
             if value is not None and value < 1:
                 null = ", or null to derive it" if name in _DERIVED else ""
                 raise ValueError(f"parallel.{name} ({value}) must be at least 1{null}.")
-        for name in ("cp", "ep"):
-            if getattr(self, name) > 1:
-                raise ValueError(
-                    f"parallel.{name} ({getattr(self, name)}) must be 1: this axis "
-                    f"{_NOT_YET.format(default=1)} Use dp, tp or pp for more ranks."
-                )
+        if self.cp > 1:
+            raise ValueError(
+                f"parallel.cp ({self.cp}) must be 1: this axis {_NOT_YET.format(default=1)} "
+                "Use dp, tp or pp for more ranks."
+            )
         if self.sequence_parallel and self.tp == 1:
             raise ValueError(
                 "parallel.sequence_parallel (true) must come with parallel.tp above 1: got tp 1. "

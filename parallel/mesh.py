@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.axes import AXES, axis_sizes
+from parallel.axes import AXES, EXPERT_AXES, axis_sizes, expert_axis_sizes
 from parallel.backend.base import Backend
 from parallel.config import ParallelConfig
 from parallel.process_group import join, place_of_launcher
@@ -42,7 +42,8 @@ class Mesh:
     """This process's place. `device_mesh` has the axes `AXES`, `group` is that of all ranks.
 
     Parameters are sharded over dp_shard and replicated over dp_replicate; with shard=none that is
-    all of dp. Data-parallel ranks see different rows, the others the same ones.
+    all of dp. Data-parallel ranks see different rows, the others the same ones. `expert_mesh` has
+    the axes `EXPERT_AXES`; None where experts lie like all else.
     """
 
     rank: int
@@ -52,6 +53,7 @@ class Mesh:
     device_mesh: DeviceMesh
     group: dist.ProcessGroup
     owns_process_group: bool
+    expert_mesh: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
@@ -109,11 +111,43 @@ class Mesh:
         return self.device_mesh.get_group("pp")
 
     @property
+    def ep_size(self) -> int:
+        """Ranks that experts are cut over."""
+        return 1 if self.expert_mesh is None else self.expert_mesh.size(EXPERT_AXES.index("ep"))
+
+    @property
+    def ep_rank(self) -> int:
+        """Position among the ranks that experts are cut over."""
+        return self.dp_rank % self.ep_size
+
+    @property
+    def ep_group(self) -> dist.ProcessGroup:
+        """The ranks that share out one set of experts; only where there is such an axis."""
+        assert self.expert_mesh is not None, "there is no expert-parallel axis"
+        return self.expert_mesh.get_group("ep")
+
+    @property
+    def expert_replicate_rank(self) -> int:
+        """Which copy of the sharded experts this rank has a part of."""
+        if self.expert_mesh is None:
+            return self.replicate_rank
+        return int(self.expert_mesh.get_local_rank("edp_replicate"))
+
+    @property
     def fsdp_mesh(self) -> DeviceMesh:
         """What parameters are sharded over, after the axis that they are replicated over."""
         if self._size("dp_replicate") > 1:
             return self.device_mesh["dp_replicate", "dp_shard"]
         return self.device_mesh["dp_shard"]
+
+    @property
+    def expert_fsdp_mesh(self) -> DeviceMesh:
+        """The same for the parameters of this rank's experts."""
+        if self.expert_mesh is None:
+            return self.fsdp_mesh
+        if self.expert_mesh.size(EXPERT_AXES.index("edp_replicate")) > 1:
+            return self.expert_mesh["edp_replicate", "edp_shard"]
+        return self.expert_mesh["edp_shard"]
 
     def place_of(self, rank: int) -> Place:
         """Coordinates of any rank."""
@@ -214,10 +248,16 @@ def init(
     if owns:
         join(backend.collective_backend, rank=rank, size=size, device=device)
     device_mesh = init_device_mesh(backend.device_type, sizes, mesh_dim_names=AXES)
+    expert_mesh = None
+    if config.ep > 1:
+        expert_sizes = expert_axis_sizes(sizes, config.ep)
+        expert_mesh = init_device_mesh(
+            backend.device_type, expert_sizes, mesh_dim_names=EXPERT_AXES
+        )
     assert dist.group.WORLD is not None
     return Mesh(
         rank=rank, size=size, local_rank=local_rank, device=device, device_mesh=device_mesh,
-        group=dist.group.WORLD, owns_process_group=owns,
+        group=dist.group.WORLD, owns_process_group=owns, expert_mesh=expert_mesh,
     )  # fmt: skip
 
 
@@ -228,7 +268,10 @@ def first_alone(world: Mesh) -> Mesh | None:
     device_mesh = DeviceMesh(world.device_mesh.device_type, only_rank_0, mesh_dim_names=AXES)
     if not world.is_main:
         return None
-    return replace(world, size=1, device_mesh=device_mesh, group=group, owns_process_group=False)
+    return replace(
+        world, size=1, device_mesh=device_mesh, group=group, owns_process_group=False,
+        expert_mesh=None,
+    )  # fmt: skip
 
 
 def close(mesh: Mesh) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from models.activation_memory import Again, Workload, block_footprint
+from models.activation_memory import block_footprint
 from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.head_memory import embedding_footprint, head_footprint
 from models.memory_tape import Footprint
+from models.operation_memory import Again, Workload
 from models.recomputation import NOTHING, Recomputation
-from parallel.axes import axis_sizes
+from parallel.axes import axis_sizes, expert_axis_sizes
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.fully_sharded import compute_dtype, master_dtype
 from parallel.memory_replay import StageBytes
@@ -61,6 +62,7 @@ class Job:
         return Again(
             block=layer in named.blocks, norms=layer in named.norms,
             activations=layer in named.activations, mixer=layer in named.mixers,
+            experts=layer in named.experts, expert_layer=layer in named.expert_layers,
         )  # fmt: skip
 
     @property
@@ -95,6 +97,21 @@ class Layout:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def ep(self) -> int:
+        """Ranks that experts are cut over."""
+        return self.parallel.ep
+
+    @property
+    def edp_replicate(self) -> int:
+        """Copies of a rank's experts."""
+        return self._expert_sizes()[1]
+
+    @property
+    def edp_shard(self) -> int:
+        """Ranks that share out one copy of a rank's experts."""
+        return self._expert_sizes()[2]
+
+    @property
     def num_devices(self) -> int:
         """Ranks of all axes."""
         return self.pp * self.dp * self.tp
@@ -106,6 +123,10 @@ class Layout:
         if is_split and self.parallel.shard is Shard.parameters:
             return Shard.gradients
         return self.parallel.shard
+
+    def _expert_sizes(self) -> tuple[int, ...]:
+        sizes = (self.pp, self.dp_replicate, self.dp_shard, self.tp)
+        return expert_axis_sizes(sizes, self.ep)
 
     def num_microbatches(self, job: Job) -> int:
         """Of a step, on each data-parallel rank."""
@@ -141,11 +162,11 @@ class Assignment:
         work = Workload(
             model=job.model, spiking=job.spiking, rows=job.microbatch_rows, length=job.length,
             narrow=job.narrow, wide=job.master, kernels=job.kernels, tp=layout.tp,
-            sequence_parallel=parallel.sequence_parallel,
+            sequence_parallel=parallel.sequence_parallel, ep=parallel.ep,
         )  # fmt: skip
         shares = Shares(
             tp=layout.tp, dp_shard=layout.dp_shard, vocab_multiple=parallel.vocab_multiple,
-            shard_rank=shard_rank,
+            shard_rank=shard_rank, dp_replicate=layout.dp_replicate, ep=parallel.ep,
         )  # fmt: skip
         if stages is None:
             stages = cut(job.model, parallel, sequence_length=job.length)
@@ -171,10 +192,8 @@ class Assignment:
         return Rules(
             master=self.job.master,
             narrow=self.job.narrow,
-            dp_shard=self.layout.dp_shard,
             shard=self.layout.shard,
             is_pipelined=is_pipelined,
-            divides_apart=self.layout.dp_shard == 1 and self.layout.dp > 1,
             keeps_sent=is_pipelined and self.layout.parallel.schedule not in ONE_STAGE_A_RANK,
         )
 
@@ -190,10 +209,11 @@ def _stage_bytes(job: Job, work: Workload, shares: Shares, stage: StageCut) -> S
     known: dict[object, Footprint] = {}
     footprints = []
     for layer in layers:
-        mixers, again = job.model.layers.mixers[layer], job.again(layer)
-        if (mixers, again) not in known:
-            known[mixers, again] = block_footprint(work, mixers, again)
-        footprints.append(known[mixers, again])
+        pattern = job.model.layers
+        kind = pattern.mixers[layer], pattern.ffns[layer], job.again(layer)
+        if kind not in known:
+            known[kind] = block_footprint(work, *kind)
+        footprints.append(known[kind])
     head = None
     if stage.has_head:
         head = head_footprint(work, rows, chunk_tokens=job.loss_chunk_tokens)

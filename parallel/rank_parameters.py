@@ -54,7 +54,12 @@ class RankParameters:
 
     def region(self, name: str) -> Region:
         """Where this rank's values of a parameter, its gradient and its moments lie."""
-        return region_of(self.parameters[name], self.layouts[name], tp_rank=self.mesh.tp_rank)
+        return region_of(
+            self.parameters[name],
+            self.layouts[name],
+            tp_rank=self.mesh.tp_rank,
+            ep_rank=self.mesh.ep_rank,
+        )
 
     def box(self, name: str, values: Tensor | None = None) -> Box:
         """This rank's part of a parameter, or of other values in its place."""
@@ -92,9 +97,11 @@ class RankParameters:
         return Shares(tuple(self.layouts), frozenset(counted))
 
     def _is_counted(self, name: str) -> bool:
-        if self.mesh.replicate_rank > 0 or (name == EMBEDDING and self.has_tied_copy):
+        layout, mesh = self.layouts[name], self.mesh
+        copy = mesh.replicate_rank if layout.ep_dim is None else mesh.expert_replicate_rank
+        if copy > 0 or (name == EMBEDDING and self.has_tied_copy):
             return False
-        return self.mesh.tp_rank == 0 or self.layouts[name].tp_dim is not None
+        return mesh.tp_rank == 0 or layout.tp_dim is not None
 
     def _add_tied(self, gradient: Tensor) -> None:
         """Exchange the gradients of the embedding and of the head that is tied to it."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.cost import FlopsPerToken, flops_by_part, mean_visible
-from models.layer_pattern import MixerKind
+from models.cost import FlopsPerToken, expert_flops_per_token, flops_by_part, mean_visible
+from models.dispatch import num_expert_rows
+from models.layer_pattern import FfnKind
 from parallel.backend.devices import Device
-from parallel.collective_bytes import Kind, Traffic
 from parallel.config import Shard
 from parallel.fully_sharded import compute_dtype
 from parallel.memory_replay import StageBytes
@@ -20,6 +20,7 @@ from parallel.pipeline_cut import StageCut
 from parallel.planned import Assignment, Job
 from parallel.rank_memory import RankMemory
 from parallel.schedule_order import Action, Timeline, Work, timeline
+from parallel.traffic import Kind, Traffic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +135,15 @@ def job_flops(job: Job) -> FlopsPerToken:
 
 
 @dataclass(frozen=True, slots=True)
+class _ExpertSeconds:
+    """Of routed and shared experts, and what the routed ones take beyond their tokens' FLOPs."""
+
+    routed: float
+    shared: float
+    added: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Clock:
     """Turns FLOPs and bytes into seconds on one device."""
 
@@ -164,7 +174,7 @@ class _Clock:
         self, traffic: Sequence[Traffic], durations: dict[int, dict[Work, float]], line: Timeline
     ) -> float:
         """Seconds of data-parallel communication that computing does not hide."""
-        over_dp = [each for each in traffic if each.axis.startswith("dp")]
+        over_dp = [each for each in traffic if each.axis.startswith(("dp", "edp"))]
         gather = self.seconds([each for each in over_dp if each.kind is Kind.all_gather])
         reduce = self.seconds([each for each in over_dp if each.kind is not Kind.all_gather])
         shares_parameters = self.given.layout.shard is Shard.parameters
@@ -187,14 +197,23 @@ class _Clock:
     def _computing(self, moved: StageBytes) -> tuple[float, float, float]:
         """Seconds of forward, of what runs again in backward, and of forward's products alone."""
         job, flops = self.given.job, self.flops
-        mixers = job.model.layers.mixers
         tokens = self.given.work.tokens / self.given.layout.tp
         bandwidth = self.device.memory_bandwidth * self.efficiency.memory
         product_rate = self.peak * self.efficiency.products
         forward = again = products = 0.0
         for layer, footprint in zip(moved.layers, moved.footprints, strict=True):
             of_products = tokens * flops.products[layer] / 3 / product_rate
-            of_mixing = tokens * flops.mixing[layer] / 3 / self._mixing_rate(mixers[layer])
+            experts = self._experts(layer)
+            of_products += experts.added
+            of_mixing = (
+                tokens
+                / 3
+                / self.peak
+                * (
+                    flops.softmax[layer] / self.efficiency.softmax
+                    + flops.linear[layer] / self.efficiency.linear
+                )
+            )
             of_bytes = footprint.traffic / bandwidth
             forward += of_products + of_mixing + of_bytes
             products += of_products
@@ -203,7 +222,12 @@ class _Clock:
                 again += of_products + of_mixing + of_bytes
             else:
                 again += of_mixing * named.mixer
-                again += of_bytes / 3 * (named.norms + named.activations + named.mixer)
+                parts = named.norms + named.activations + named.mixer
+                parts += named.experts or named.expert_layer
+                again += of_bytes / 3 * parts
+                # Shared experts are not asked for what they put out.
+                again += (experts.routed + experts.shared * 2 / 3) * named.experts
+                again += (experts.routed + experts.shared) * named.expert_layer
         for end in (moved.embedding, moved.head):
             forward += 0.0 if end is None else end.traffic / bandwidth
         if moved.head is not None:
@@ -214,14 +238,26 @@ class _Clock:
             again += of_head
         return forward, again, products
 
-    def _mixing_rate(self, mixers: Sequence[MixerKind]) -> float:
-        is_linear = MixerKind.linear in mixers
-        share = self.efficiency.linear if is_linear else self.efficiency.softmax
-        return self.peak * share
+    def _experts(self, layer: int) -> _ExpertSeconds:
+        """Of one layer's forward pass; nothing for a dense one.
+
+        Routed products take rows that only fill up too, and read every expert's matrices.
+        """
+        work, model = self.given.work, self.given.job.model
+        if model.layers.ffns[layer] is not FfnKind.mixture_of_experts:
+            return _ExpertSeconds(0.0, 0.0, 0.0)
+        rate = self.peak * self.efficiency.products * work.tp / work.tokens
+        routed, shared = (flops / rate for flops in expert_flops_per_token(model))
+        rows = num_expert_rows(model.moe, work.rows, work.length)
+        matrices = 3 * model.hidden_size * model.expert_intermediate_size * model.moe.num_experts
+        reading = matrices / (work.ep * work.tp) * work.narrow
+        reading /= self.device.memory_bandwidth * self.efficiency.memory
+        taken = max(routed * rows / (work.tokens * model.moe.top_k), reading)
+        return _ExpertSeconds(taken, shared, taken - routed)
 
     def _crossing(self, traffic: Sequence[Traffic]) -> float:
-        """Seconds of a microbatch's tensor-parallel borders and sends, half of both passes'."""
-        own = [each for each in traffic if each.axis in ("tp", "pp")]
+        """Seconds of a microbatch's borders of regions, rows of experts and sends, of one pass."""
+        own = [each for each in traffic if each.axis in ("tp", "ep", "pp")]
         count = self.given.num_microbatches * self.given.layout.parallel.stages_per_rank
         return self.seconds(own) / count / 2
 
@@ -229,7 +265,8 @@ class _Clock:
         layout = self.given.layout
         sizes = {
             "tp": layout.tp, "dp_shard": layout.dp_shard, "dp_replicate": layout.dp_replicate,
-            "pp": layout.pp,
+            "pp": layout.pp, "ep": layout.ep, "all": layout.num_devices,
+            "edp_shard": layout.edp_shard, "edp_replicate": layout.edp_replicate,
         }  # fmt: skip
         return sizes[axis]
 
@@ -238,7 +275,10 @@ class _Clock:
         layout = self.given.layout
         reach = {
             "tp": layout.tp, "dp_shard": layout.tp * layout.dp_shard,
-            "dp_replicate": layout.tp * layout.dp, "pp": layout.num_devices,
+            "dp_replicate": layout.tp * layout.dp,
+            "pp": layout.num_devices, "all": layout.num_devices,
+            "ep": layout.tp * layout.ep, "edp_replicate": layout.tp * layout.dp,
+            "edp_shard": layout.tp * layout.ep * layout.edp_shard,
         }[axis]  # fmt: skip
         inside = reach <= self.device.devices_per_node
         device = self.device

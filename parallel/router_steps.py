@@ -41,7 +41,7 @@ class RouterSteps:
         own = self._recorder.tensors(rank=mesh.rank, num_ranks=mesh.size)
         self._step = StepRouting.of(
             step_numbers.sum_by_name(mesh, own),
-            num_experts=self._config.moe.num_experts,
+            self._config.moe,
             num_tokens=self._num_tokens,
         )
         return self._step.metrics()

@@ -26,7 +26,9 @@ def agree_on_size(
     num_rows = sum(each.tokens.shape[0] for each in microbatches)
     num_tokens = sum(each.tokens.numel() for each in microbatches)
     rows = mesh.gather_numbers((num_microbatches, num_targets, num_rows, num_tokens))
-    for index, name in enumerate(("microbatches", "num_targets")):
+    names = ("microbatches", "num_targets")
+    # Ranks that send each other rows of experts count on as many.
+    for index, name in enumerate((*names, "rows") if mesh.ep_size > 1 else names):
         values = [row[index] for row in rows]
         if len(set(values)) > 1:
             raise ValueError(

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.experts import Experts
 from models.layer_pattern import FfnKind
 from models.layers import Embedding, Head, Linear
 from models.spiking.channels import Channels, TokenShare
 from parallel.config import ParallelConfig
+from parallel.experts import expert_builder
 from parallel.regions import TensorRegion
 from parallel.vocabulary import GroupVocabulary, padded_vocab_size, rows_of_rank
 
@@ -27,13 +27,20 @@ from parallel.vocabulary import GroupVocabulary, padded_vocab_size, rows_of_rank
 class TensorParallelLayers:
     """Layers cut over `group`; `models.layers.LayerProvider`.
 
-    With `sequence_parallel` the residual stream is cut along its tokens. `vocab_multiple`: see
+    With `sequence_parallel` the residual stream is cut along its tokens. Experts are cut over
+    `ep_group` too, if any. `vocab_multiple`: see
     `ParallelConfig`.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, *, sequence_parallel: bool, vocab_multiple: int
+        self,
+        group: dist.ProcessGroup,
+        *,
+        sequence_parallel: bool,
+        vocab_multiple: int,
+        ep_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self._build_experts = expert_builder(ep_group)
         self._group, self._vocab_multiple = group, vocab_multiple
         self._size: int = group.size()
         self.region = TensorRegion(group, sequence_parallel)
@@ -90,8 +97,8 @@ class TensorParallelLayers:
         layer: int,
         activations_again: bool,
     ) -> nn.Module:
-        """All experts with this rank's inner channels."""
-        return Experts(
+        """This rank's inner channels of all experts, or of its part of them."""
+        return self._build_experts(
             num_experts,
             hidden_size,
             self._share(inner_size),

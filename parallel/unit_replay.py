@@ -16,21 +16,18 @@ from parallel.unit_sizes import Unit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """How parameters are held: bytes of an element at rest and in compute, ranks of a shard.
+    """How parameters are held: bytes of an element at rest and in compute, and for how long.
 
     `is_pipelined`: torch's pipelining reduces gradients once, after a stage's last backward, and
     keeps parameters gathered until then. `keeps_sent`: its schedules of several stages a rank wait
-    for what they send at the end of the step only, and hold it until then. `divides_apart`: FSDP2
-    divides by `set_gradient_divide_factor` in another buffer where a copy has one shard.
+    for what they send at the end of the step only, and hold it until then.
     """
 
     master: int
     narrow: int
-    dp_shard: int
     shard: Shard
     is_pipelined: bool
     keeps_sent: bool = False
-    divides_apart: bool = False
 
 
 @dataclass(slots=True)
@@ -77,7 +74,7 @@ class UnitReplay:
                 continue
             self.gathered.add(unit)
             whole = unit.all.padded * self.width(unit)
-            if self.rules.dp_shard > 1:
+            if unit.num_shards > 1:
                 self._gather_flat(unit)
                 if in_forward:
                     self.ledger.add(-self.gather_output)
@@ -90,8 +87,8 @@ class UnitReplay:
 
     def prefetch(self, units: Sequence[Unit]) -> None:
         """FSDP2 gathers the unit before while this one runs backward."""
-        for unit in units if self.rules.dp_shard > 1 else ():
-            if unit not in self.gathered:
+        for unit in units:
+            if unit.num_shards > 1 and unit not in self.gathered:
                 self._gather_flat(unit)
                 self.prefetched.add(unit)
 
@@ -151,7 +148,8 @@ class UnitReplay:
             ledger.add(-self.gradients.pop(unit))
             shard = unit.trained.shard * self.rules.master
             ledger.add(shard)
-            if self.rules.divides_apart:
+            # FSDP2 divides by its factor in another buffer where a copy has one shard.
+            if unit.num_shards == 1 and unit.num_copies > 1:
                 ledger.touch(self.reduce_input)
             if unit in self.reduced:
                 ledger.add(-shard)

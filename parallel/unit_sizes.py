@@ -1,21 +1,21 @@
-"""How much of each parameter one rank holds: the arithmetic of tensor parallelism and FSDP2.
+"""How much of each parameter one rank holds: the arithmetic of tensor parallelism, ep and FSDP2.
 
-Tensor parallelism cuts the dim that `ParamLayout` names and pads the vocabulary; FSDP2 then cuts
-rows into equal pieces of `ceil(rows / dp_shard)`, so that the last ranks hold fewer and padding.
-Builds no module.
+Tensor and expert parallelism cut the dims that `ParamLayout` names, the first pads the vocabulary;
+FSDP2 then cuts rows (or what `shard_dim` says) into equal pieces of `ceil(rows / dp_shard)`, so
+that the last ranks hold fewer and padding. Builds no module.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.config import ModelConfig
 from models.layers import ParamLayout
 from models.layouts import parameter_layouts
 from parallel.config import Precision
-from parallel.fully_sharded import FLOAT32_MODULES
+from parallel.fully_sharded import FLOAT32_MODULES, shard_dim
 from parallel.pipeline_cut import StageCut
 from parallel.vocabulary import padded_vocab_size
 
@@ -41,11 +41,15 @@ class Sizes:
 class Unit:
     """One FSDP unit: of a layer, or of the root (`layer` None). Its trained part is a part of all.
 
-    `is_float32` marks the unit of what computes in float32 while the rest is bfloat16.
+    `is_float32` marks the unit of what computes in float32 while the rest is bfloat16, `is_expert`
+    that of experts which are cut over ep. Each of `num_copies` lies in `num_shards` pieces.
     """
 
     layer: int | None
     is_float32: bool
+    is_expert: bool
+    num_shards: int
+    num_copies: int
     all: Sizes
     trained: Sizes
 
@@ -58,6 +62,16 @@ class Shares:
     dp_shard: int
     vocab_multiple: int
     shard_rank: int = 0
+    dp_replicate: int = 1
+    ep: int = 1
+
+    def of_experts(self) -> Shares:
+        """What a rank's experts are cut over; see `parallel.axes.expert_axis_sizes`."""
+        if self.dp_shard % self.ep == 0:
+            shards, rank = self.dp_shard // self.ep, self.shard_rank // self.ep
+            return replace(self, dp_shard=shards, shard_rank=rank)
+        copies = self.dp_replicate * self.dp_shard // self.ep
+        return replace(self, dp_shard=1, shard_rank=0, dp_replicate=copies)
 
 
 def stage_units(
@@ -69,15 +83,21 @@ def stage_units(
     frozen: Collection[str] = frozenset(),
 ) -> list[Unit]:
     """The FSDP units of one stage."""
-    shapes: dict[tuple[int | None, bool], dict[str, tuple[int, int]]] = {}
+    shapes: dict[tuple[int | None, bool, bool], dict[str, tuple[int, int]]] = {}
+    untrained = set(frozen)
     for name, layout in stage_parameters(config, stage).items():
-        place = (layer_of(name), acts_in_float32(name, precision))
+        is_expert = layout.ep_dim is not None and shares.ep > 1
+        place = (layer_of(name), acts_in_float32(name, precision), is_expert)
         shapes.setdefault(place, {})[name] = _local_shape(config, name, layout, shares)
+        untrained |= {name} if layout.is_state else set()
     units = []
-    for (layer, is_float32), members in shapes.items():
-        trained = [shape for name, shape in members.items() if _name_in(config, name) not in frozen]
-        of_all = _sizes(members.values(), shares)
-        units.append(Unit(layer, is_float32, of_all, _sizes(trained, shares)))
+    for place, members in shapes.items():
+        own = shares.of_experts() if place[2] else shares
+        trained = [
+            size for name, size in members.items() if _name_in(config, name) not in untrained
+        ]
+        sizes = _sizes(members.values(), own), _sizes(trained, own)
+        units.append(Unit(*place, own.dp_shard, own.dp_replicate, *sizes))
     return units
 
 
@@ -111,9 +131,13 @@ def partial_elements(
     shapes = [
         _local_shape(config, name, layouts[name], shares)
         for name in stage_parameters(config, stage)
-        if name in layouts and name not in frozen and "tp" in layouts[name].partial_axes
+        if name in layouts and name not in frozen and _is_partial(layouts[name])
     ]
     return _sizes(shapes, shares).own
+
+
+def _is_partial(layout: ParamLayout) -> bool:
+    return "tp" in layout.partial_axes and not layout.is_state
 
 
 def _name_in(config: ModelConfig, name: str) -> str:
@@ -162,10 +186,13 @@ def _sizes(shapes: Iterable[tuple[int, int]], shares: Shares) -> Sizes:
 def _local_shape(
     config: ModelConfig, name: str, layout: ParamLayout, shares: Shares
 ) -> tuple[int, int]:
-    """Rows and row length of a tensor-parallel share."""
+    """What FSDP cuts of a rank's share, and how much lies at each place along it."""
     if name in VOCABULARY:
         return vocabulary_rows(config, shares), config.hidden_size
     shape = list(layout.global_shape)
-    if layout.tp_dim is not None:
-        shape[layout.tp_dim] //= shares.tp
-    return shape[0], math.prod(shape[1:])
+    for dim, size in ((layout.tp_dim, shares.tp), (layout.ep_dim, shares.ep)):
+        if dim is not None:
+            shape[dim] //= size
+    own = shares if layout.ep_dim is None else shares.of_experts()
+    rows = shape[shard_dim(shape, own.dp_shard)]
+    return rows, math.prod(shape) // rows

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from models.config import ModelConfig
+from models.expert_config import Balance
+from models.layer_pattern import FfnKind
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
 from training.config import DistillConfig, OptimizerConfig, OptimizerName, RunConfig
 
@@ -16,6 +19,7 @@ def ineffective_options(config: RunConfig) -> list[str]:
         *_of_layout(config.parallel),
         *_of_teacher(config.distill, has_teacher=config.training.teacher is not None),
         *_of_optimizer(config.optimizer),
+        *_of_experts(config.model, config.parallel),
     ]
 
 
@@ -46,6 +50,23 @@ def _of_optimizer(optimizer: OptimizerConfig) -> list[str]:
     if optimizer.name is not OptimizerName.sgd:
         return []
     return _changed("optimizer", optimizer, ("beta1", "beta2", "eps"), "for optimizer.name sgd")
+
+
+def _of_experts(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    moe = model.moe
+    if FfnKind.mixture_of_experts not in model.layers.ffns:
+        where = f"for model.ffns {model.ffns}"
+        names = [each.name for each in fields(moe)]
+        return [
+            *_changed("parallel", parallel, ("ep",), where),
+            *_changed("model.moe", moe, names, where),
+        ]
+    lines, where = [], f"for model.moe.balance {moe.balance.value}"
+    if moe.balance in (Balance.none, Balance.bias):
+        lines += _changed("model.moe", moe, ("balance_coefficient",), where)
+    if moe.balance is not Balance.bias:
+        lines += _changed("model.moe", moe, ("bias_update_rate",), where)
+    return lines
 
 
 def options_set(group: str, config: Any) -> dict[str, str]:

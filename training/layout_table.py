@@ -33,6 +33,9 @@ def layout_lines(config: RunConfig, mesh: Mesh, *, kernels: tuple[str, str]) -> 
         f"{count} = pp {mesh.pp_size} x dp {mesh.dp_size} x tp {mesh.tp_size}{split}, "
         f"dp = {copies} x {mesh.shard_size} shards ({parallel.shard.value})"
     )
+    if mesh.ep_size > 1:
+        each = config.model.moe.num_experts // mesh.ep_size
+        yield f"experts over ep {mesh.ep_size} of dp, {each} a rank"
     if mesh.pp_size > 1:
         yield f"schedule {parallel.schedule.value}, {len(stages)} stages"
     if (reason := unplanned(config.model)) is not None:

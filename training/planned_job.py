@@ -5,7 +5,6 @@ from __future__ import annotations
 from models.config import ModelConfig
 from models.layer_pattern import FfnKind
 from models.layouts import parameter_layouts
-from models.mixer_config import GateKind
 from parallel.config import Precision
 from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import RankMemory, rank_memory
@@ -43,16 +42,8 @@ def planned_job(config: RunConfig, stage_name: str, *, kernels: tuple[str, str])
 
 def unplanned(model: ModelConfig) -> str | None:
     """What of a model the planner cannot count yet, as a sentence; None where it knows all."""
-    for mixers in model.layers.mixers:
-        if len(mixers) > 1:
-            symbol = "+".join(kind.value for kind in mixers)
-            return f"mixers ({model.mixers}) must have one mixer a layer in a plan: got {symbol}"
-    if FfnKind.mixture_of_experts in model.layers.ffns:
-        return f"ffns ({model.ffns}) must be all d in a plan: got e"
     if model.uses_sinks:
         return f"sinks.num_tokens ({model.sinks.num_tokens}) must be 0 in a plan"
-    if model.linear.gate is not GateKind.low_rank:
-        return f"linear.gate ({model.linear.gate.value}) must be low_rank in a plan"
     return None
 
 
@@ -78,6 +69,12 @@ def left_out(config: RunConfig) -> list[str]:
         lines.append(
             "activations and time are counted as if every parameter were trained: optimizer.freeze "
             "saves some"
+        )
+    has_experts = FfnKind.mixture_of_experts in config.model.layers.ffns
+    if has_experts and config.model.moe.capacity_factor is None:
+        lines.append(
+            "experts are counted as if routers loaded them evenly: without moe.capacity_factor a "
+            "rank of parallel.ep that is sent more rows holds and computes more"
         )
     return lines
 

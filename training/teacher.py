@@ -9,6 +9,7 @@ from typing import Any
 
 from models.lesson import Goals
 from parallel.boxes import Box
+from parallel.experts import check_expert_parallel
 from parallel.mesh import Mesh
 from parallel.teacher import Teacher, TeacherSpec, check_teacher
 from parallel.tensor_parallel import check_sinks, check_tensor_parallel
@@ -45,6 +46,7 @@ def open_teacher(
     check_same_tokenizer(source.path, source.tokenizer_sha256, data.tokenizer.sha256)
     check_teacher(source.model, config.model, goals(config), pp=config.parallel.pp)
     check_tensor_parallel(source.model, config.parallel.tp)
+    check_expert_parallel(source.model, config.parallel.ep)
     check_sinks(source.model, config.parallel)
     if mesh.is_main and before is not None:
         _warn_if_replaced(source, before)

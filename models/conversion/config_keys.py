@@ -15,6 +15,7 @@ class Format(Enum):
     llama = "llama"
     mistral = "mistral"
     gla_swa = "gla_swa"
+    synfire = "synfire"
 
 
 NOTE_KEY = "synfire"

@@ -27,11 +27,7 @@ from models.conversion.weight_map import (
     mixer_parameter,
     theirs,
 )
-from models.layouts import (
-    is_new_parameter,
-    parameter_layouts,
-    refuse_experts,
-)
+from models.layouts import is_new_parameter, parameter_layouts
 
 
 class OriginKind(Enum):
@@ -85,7 +81,6 @@ def plan_conversion(
     options = options or ConversionOptions()
     config = read_config(source.config)
     format = read_format(source.config)
-    refuse_experts(target, "converted to")
     check_target(config, target)
     check_source(source, config, format)
     planner = _Planner(source, target, options, fitted or {})

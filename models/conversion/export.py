@@ -1,6 +1,7 @@
 """A model written as a Hugging Face folder: config.json, safetensors shards, tokenizer files.
 
-The tensors come from anywhere, one at a time; what a format can express is in `target_config`.
+In our own format the model's source files (`models.exported`) lie beside them. The tensors come
+from anywhere, one at a time; what a format can express is in `target_config`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from models.conversion.huggingface import (
     write_json,
     write_sharded,
 )
+from models.conversion.own_format import copy_source
 from models.conversion.target_config import check_format, write_config
 from models.conversion.weight_map import theirs
 from models.layouts import parameter_layouts
+from models.spiking.neurons import Spikes
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -36,7 +39,9 @@ def export_folder(  # noqa: PLR0913 - everything a folder consists of
     *,
     format: Format,
     tokenizer: Path | None = None,
+    eos_token_id: int | None = None,
     spiking: SpikingConfig | None = None,
+    spikes: Spikes | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a complete folder under a temporary name, then rename it to `out`.
@@ -47,16 +52,21 @@ def export_folder(  # noqa: PLR0913 - everything a folder consists of
         out: a folder that does not exist yet, is empty, or is an older export.
         format: what to write; see `choose_format`.
         tokenizer: a folder whose tokenizer files are copied.
-        spiking: noted in config.json (the formats have no neurons).
+        eos_token_id: where generated text ends if the model itself names no token.
+        spiking: noted in config.json where the format has no neurons.
+        spikes: how the model spikes in our own format; None is not at all.
         max_shard_bytes: size at which a new safetensors file starts.
 
     Raises:
         ValueError: tensors that do not fit the model, a format that cannot hold it, `out` in use.
     """
     named = _rename(entries, config, format)
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    if config.eos_token_id is None:
+        ends["eos_token_id"] = eos_token_id
     refuse_occupied(out)
     dtype = Counter(entry.dtype for entry in named).most_common(1)[0][0]
-    keys = write_config(config, format, dtype=dtype, spiking=spiking)
+    keys = write_config(config, format, dtype=dtype, spiking=spiking, spikes=spikes)
     out.parent.mkdir(parents=True, exist_ok=True)
     _restore(out)
     partial = out.with_name(f".{out.name}.partial")
@@ -65,10 +75,9 @@ def export_folder(  # noqa: PLR0913 - everything a folder consists of
     try:
         write_sharded(partial, named, max_shard_bytes=max_shard_bytes)
         write_json(partial / CONFIG, keys)
-        write_json(
-            partial / GENERATION_CONFIG,
-            {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id},
-        )
+        write_json(partial / GENERATION_CONFIG, ends)
+        if format is Format.synfire:
+            copy_source(partial)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
         _replace(out, partial)

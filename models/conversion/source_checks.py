@@ -8,8 +8,8 @@ from models.config import ModelConfig
 from models.conversion.config_keys import Format
 from models.conversion.huggingface import TensorSource
 from models.conversion.weight_map import IGNORED_SOURCE, theirs
-from models.layer_pattern import MixerKind
-from models.layouts import parameter_layouts
+from models.layer_pattern import FfnKind, MixerKind, Mixers
+from models.layouts import parameter_layouts, refuse_experts
 from models.mixer_config import FeatureMap, GateKind
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
     Raises:
         ValueError: naming the key and both values.
     """
-    _refuse_unconverted(target)
     for key in _SAME:
         ours, theirs_value = getattr(target, key), getattr(source, key)
         if ours != theirs_value:
@@ -39,35 +38,61 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
         raise ValueError(
             "model.tie_word_embeddings (true) must be false: the source has its own output head."
         )
-    has_linear = any(MixerKind.linear in layer for layer in source.layers.mixers)
-    if has_linear and source.linear != target.linear:
-        raise ValueError(
-            f"model.linear ({target.linear}) must equal the source's, which has L layers: got "
-            f"{source.linear}."
-        )
-    pairs = zip(source.layers.mixers, target.layers.mixers, strict=True)
+    _check_options(source, target)
+    pairs = list(zip(source.layers.mixers, target.layers.mixers, strict=True))
     for index, (before, after) in enumerate(pairs):
-        if before == (MixerKind.linear,) and after != before and after:
+        is_reused = before != (MixerKind.linear,) and len(before) < 2
+        if not is_reused and after != before and after:
             raise ValueError(
-                f"mixers ({target.mixers}) layer {index} must stay L as in the source: "
-                f"got {after[0].value}. Its gates and head norm have no place in another mixer."
+                f"mixers ({target.mixers}) layer {index} must stay {_symbol(before)} as in the "
+                f"source: got {_symbol(after)}. Its gates and norms have no place in another mixer."
+            )
+    _refuse_unconverted(source, target)
+    for index, (old, new) in enumerate(zip(source.layers.ffns, target.layers.ffns, strict=True)):
+        if old is FfnKind.mixture_of_experts and new is not old:
+            raise ValueError(
+                f"ffns ({target.ffns}) layer {index} must stay e as in the source: got {new.value}."
+            )
+    if source.layers.ffns != target.layers.ffns:
+        refuse_experts(target, "converted to")
+
+
+def _check_options(source: ModelConfig, target: ModelConfig) -> None:
+    """Refuse other options of what the source has."""
+    layers = source.layers
+    for key, is_read, what in (
+        ("linear", any(MixerKind.linear in mixers for mixers in layers.mixers), "L layers"),
+        ("branches", any(len(mixers) > 1 for mixers in layers.mixers), "X+Y layers"),
+        ("moe", FfnKind.mixture_of_experts in layers.ffns, "e layers"),
+        ("sinks", source.uses_sinks, "sink tokens"),
+    ):
+        ours, theirs_value = getattr(target, key), getattr(source, key)
+        if is_read and ours != theirs_value:
+            raise ValueError(
+                f"model.{key} ({ours}) must equal the source's, which has {what}: got "
+                f"{theirs_value}."
             )
 
 
-def _refuse_unconverted(target: ModelConfig) -> None:
-    """Refuse mixers and sinks that models here have, but that no conversion makes yet."""
-    if target.uses_sinks:
+def _symbol(mixers: Mixers) -> str:
+    return "+".join(kind.value for kind in mixers) or "_"
+
+
+def _refuse_unconverted(source: ModelConfig, target: ModelConfig) -> None:
+    """Refuse new mixers and sinks that models here have, but that no conversion makes yet."""
+    if target.uses_sinks and not source.uses_sinks:
         raise ValueError(
             f"model.sinks.num_tokens ({target.sinks.num_tokens}) must be 0 in a conversion. Train "
             "such a model from its start."
         )
-    for mixers in target.layers.mixers:
-        if len(mixers) > 1:
-            symbol = "+".join(kind.value for kind in mixers)
+    for before, after in zip(source.layers.mixers, target.layers.mixers, strict=True):
+        if len(after) > 1 and after != before:
             raise ValueError(
                 f"mixers ({target.mixers}) must have one mixer a layer in a conversion: got "
-                f"{symbol}. Use F, S, L or _."
+                f"{_symbol(after)}. Use F, S, L or _."
             )
+    if source.linear == target.linear and not any(becomes_linear(source, target)):
+        return
     for name, default in (("gate", GateKind.low_rank), ("feature_map", FeatureMap.relu)):
         value = getattr(target.linear, name)
         if value is not default:

@@ -12,6 +12,7 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.conversion.config_keys import NOTE_KEY, ConfigKeys, Format
+from models.conversion.own_format import read_own
 from models.layer_pattern import compress
 from models.mixer_config import SCALING_KEYS, LinearAttentionConfig, RopeConfig, RopeType
 
@@ -59,6 +60,8 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         ValueError: a key or value that we would not honour, or a missing size, by name.
     """
     format = read_format(raw)
+    if format is Format.synfire:
+        return read_own(raw)
     keys = ConfigKeys(raw, format)
     for name, allowed in ONLY_VALUE.items():
         keys.only(name, allowed)

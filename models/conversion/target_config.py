@@ -12,8 +12,10 @@ import torch
 
 from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.conversion.config_keys import NOTE_KEY, Format
+from models.conversion.own_format import own_keys
 from models.layer_pattern import FfnKind, MixerKind
 from models.mixer_config import FeatureMap, GateKind, RopeType
+from models.spiking.neurons import Spikes
 
 _ARCHITECTURE = {
     Format.qwen2: "Qwen2ForCausalLM",
@@ -21,6 +23,7 @@ _ARCHITECTURE = {
     Format.llama: "LlamaForCausalLM",
     Format.mistral: "MistralForCausalLM",
     Format.gla_swa: "GLAswaForCausalLM",
+    Format.synfire: "SynfireForCausalLM",
 }
 _DTYPE_WORD = {
     torch.float64: "float64",
@@ -43,22 +46,14 @@ class _Rule:
 def choose_format(config: ModelConfig, preferred: Format | None = None) -> Format:
     """The format to export to: the preferred one if it can hold the model, else the first that can.
 
-    Raises:
-        ValueError: no format can hold it; with what each one misses.
+    Our own holds every model.
     """
-    order = [Format.gla_swa, Format.qwen2, Format.qwen3, Format.llama, Format.mistral]
-    if preferred is not None:
-        order.remove(preferred)
-        order.insert(0, preferred)
-    reasons = []
+    public = [Format.gla_swa, Format.qwen2, Format.qwen3, Format.llama, Format.mistral]
+    order = public if preferred is None else [preferred, *public]
     for format in order:
-        broken = next((rule for rule in _rules(config, format) if not rule.holds), None)
-        if broken is None:
+        if all(rule.holds for rule in _rules(config, format)):
             return format
-        reasons.append(f"{format.value} needs {broken.need} (model.{broken.field}: {broken.value})")
-    raise ValueError(
-        f"mixers ({config.layers.describe()}) must fit one export format: " + "; ".join(reasons)
-    )
+    return Format.synfire
 
 
 def check_format(config: ModelConfig, format: Format) -> None:
@@ -76,9 +71,17 @@ def check_format(config: ModelConfig, format: Format) -> None:
 
 
 def write_config(
-    config: ModelConfig, format: Format, *, dtype: torch.dtype, spiking: SpikingConfig | None = None
+    config: ModelConfig,
+    format: Format,
+    *,
+    dtype: torch.dtype,
+    spiking: SpikingConfig | None = None,
+    spikes: Spikes | None = None,
 ) -> dict[str, Any]:
     """The config.json of a model in a format; `read_config` reads it back.
+
+    Our own format's model spikes as `spiking` and `spikes` say. The others have no neurons, and
+    have `spiking` as a note.
 
     Raises:
         ValueError: the format cannot express the model.
@@ -87,6 +90,13 @@ def write_config(
     written: dict[str, Any] = {
         "architectures": [_ARCHITECTURE[format]],
         "model_type": format.value,
+        "use_cache": True,
+        "torch_dtype": _DTYPE_WORD[dtype],
+    }
+    note: dict[str, Any] = {"pattern": config.layers.describe()}
+    if format is Format.synfire:
+        return {**written, **own_keys(config, spiking, spikes), NOTE_KEY: note}
+    written |= {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -99,14 +109,11 @@ def write_config(
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
-        "use_cache": True,
-        "torch_dtype": _DTYPE_WORD[dtype],
     }
     if format is Format.gla_swa:
         written |= _gla_swa_keys(config)
     else:
         written |= _transformer_keys(config, format)
-    note: dict[str, Any] = {"pattern": config.layers.describe()}
     if format is Format.gla_swa:
         note["window_includes_self"] = config.window_includes_self
     if spiking is not None and spiking.neuron is not NeuronKind.off:
@@ -121,6 +128,8 @@ def _kinds(config: ModelConfig) -> set[MixerKind | None]:
 
 def _rules(config: ModelConfig, format: Format) -> list[_Rule]:
     """What the format needs, in the order in which it is reported."""
+    if format is Format.synfire:
+        return []
     kinds = _kinds(config)
     full, window, linear = MixerKind.full, MixerKind.sliding_window, MixerKind.linear
     allowed = {

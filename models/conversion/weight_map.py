@@ -1,4 +1,7 @@
-"""The table between our parameter names and those of every folder format, read both ways."""
+"""The table between our parameter names and those of every folder format, read both ways.
+
+Our own format (`models.exported`) keeps our names, except what transformers looks for by name.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,8 @@ _BLOCK: tuple[tuple[str, str | None, str | None], ...] = (
 )
 """(ours, Transformer formats, gla_swa) inside block i; None where a format has no such tensor."""
 
+_OWN_HEAD, _OWN_PREFIX = "lm_head.weight", "model."
+
 IGNORED_SOURCE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Buffers that old checkpoints stored; recomputed here from the config."""
 
@@ -49,6 +54,8 @@ KEY_WEIGHT, KEY_BIAS = "k_proj.weight", "k_proj.bias"
 
 def theirs(name: str, format: Format) -> str | None:
     """A format's name of our parameter; None where the format has none."""
+    if format is Format.synfire:
+        return _OWN_HEAD if name == "head.weight" else f"{_OWN_PREFIX}{name}"
     column = 2 if format is Format.gla_swa else 1
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     rows = _BLOCK if match else _WHOLE
@@ -62,6 +69,10 @@ def theirs(name: str, format: Format) -> str | None:
 
 def ours(name: str, format: Format) -> str | None:
     """Our name of a format's tensor; None for a tensor that the table does not know."""
+    if format is Format.synfire:
+        if name == _OWN_HEAD:
+            return "head.weight"
+        return name.removeprefix(_OWN_PREFIX) if name.startswith(_OWN_PREFIX) else None
     column = 2 if format is Format.gla_swa else 1
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
     rows = _BLOCK if match else _WHOLE

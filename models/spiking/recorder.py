@@ -20,8 +20,10 @@ steps silent.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -83,6 +85,17 @@ class SpikeRecorder:
         if not self.is_paused:
             self._accumulate(layer_site, self._sample(counts).clone(), max_count)
 
+    def sampled(self, num_tokens: int) -> slice:
+        """Which of so many tokens are recorded: evenly spaced, centred."""
+        step = -(-num_tokens // self.num_tokens) or 1
+        return slice((step - 1) // 2, None, step)
+
+    def of_all(self) -> SpikeRecorder:
+        """A recorder into the same sums that leaves out no token."""
+        other = copy(self)
+        other.num_tokens = sys.maxsize
+        return other
+
     def tensors(self) -> dict[str, Tensor]:
         """Per site float64 `[NUM_BINS + 2]`: histogram of |count|, sum of |count|, clipped values.
 
@@ -122,12 +135,11 @@ class SpikeRecorder:
     def _sample(self, x: Tensor, share: TokenShare = WHOLE_ROWS) -> Tensor:
         """Evenly spaced tokens, centred, as `[at most num_tokens, channels]`; a view if whole."""
         rows = x.reshape(-1, x.shape[-1])
-        step = -(-rows.shape[0] * share.count // self.num_tokens) or 1
-        first = (step - 1) // 2
+        sampled = self.sampled(rows.shape[0] * share.count)
         if share.count == 1:
-            return rows[first::step]
+            return rows[sampled]
         held = x.shape[-2]
-        tokens = torch.arange(first, rows.shape[0] * share.count, step)
+        tokens = torch.arange(rows.shape[0] * share.count)[sampled]
         row, position = tokens // (held * share.count), tokens % (held * share.count)
         is_here = position // held == share.index
         index = row * held + position % held

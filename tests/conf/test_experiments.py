@@ -10,7 +10,8 @@ import torch
 
 from launch.compose import load_config
 from launch.schema import CONF
-from models.cost import parameter_count
+from models.cost import active_parameter_count, parameter_count
+from models.layer_pattern import FfnKind, MixerKind
 from models.mixer_config import GateKind
 from models.model import Model
 from training.config import RunConfig
@@ -76,6 +77,26 @@ def test_smoke_moe_is_smoke_with_branches_sinks_and_experts() -> None:
 def test_the_7b_preset_counts_what_the_report_gives() -> None:
     config = load("model=spikingbrain_7b")
     assert parameter_count(config.model) == 7_616_542_976
+
+
+def test_the_76b_preset_counts_what_the_report_gives() -> None:
+    config = load("model=spikingbrain_76b").model
+    assert parameter_count(config) == 76_055_286_272
+    assert active_parameter_count(config) / 1e9 == pytest.approx(11.89, abs=0.005)
+    full = [i for i, kinds in enumerate(config.layers.mixers) if MixerKind.full in kinds]
+    dense = [i for i, kind in enumerate(config.layers.ffns) if kind is FfnKind.dense]
+    # Counted from 1 as in the report's figure 3.
+    assert [layer + 1 for layer in full] == [7, 14, 21, 28]
+    assert [layer + 1 for layer in dense] == [1, 2, 3, 5, 7, 9, 11]
+    assert all(MixerKind.linear in kinds for kinds in config.layers.mixers)
+
+
+def test_the_76b_is_trained_on_as_many_tokens_at_each_length_as_the_7b() -> None:
+    tokens = [
+        {name: stage.steps * stage.global_batch_tokens for name, stage in config.stages.items()}
+        for config in (load("experiment=cpt_7b"), load("experiment=cpt_76b"))
+    ]
+    assert tokens[0] == pytest.approx(tokens[1], rel=2e-3)
 
 
 def test_conf_is_yaml_only() -> None:

@@ -28,8 +28,13 @@ HERE = Path(__file__).resolve().parent
 STEPS = 20
 RUNS = {
     "hybrid_spiking": ["experiment=smoke", "spiking.start_step=10", "spiking.blend_steps=4"],
+    "branches_spiking": [
+        "experiment=smoke", "model.mixers=[L+S L+F]*2", "model.linear.gate=key_tied",
+        "model.linear.feature_map=sigmoid", "model.linear.gate_offset=1",
+        "model.branches.merge=learned",
+    ],
     "transformer": ["experiment=smoke", "spiking=off", "model.mixers=F*4", "model.qk_norm=true"],
-}
+}  # fmt: skip
 
 
 def rows_of(step: int, *, vocab_size: int) -> SimpleNamespace:

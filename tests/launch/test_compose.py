@@ -57,7 +57,7 @@ def test_overrides_reach_typed_values_and_keys_absent_from_yaml() -> None:
         ("parallel.tp=0", ["parallel.tp (0)", "at least 1"]),
         ("parallel.pp=two", ["parallel.pp", "'two'", "integer"]),
         ("parallel.cp=2", ["parallel.cp (2)", "not in this release"]),
-        ("parallel.ep=2", ["parallel.ep (2)", "not in this release"]),
+        ("parallel.ep=0", ["parallel.ep (0)", "at least 1"]),
         ("parallel.dp=0", ["parallel.dp (0)", "at least 1"]),
         ("parallel.sequence_parallel=true", ["parallel.sequence_parallel", "parallel.tp above 1"]),
         ("engine=deepspeed", ["engine (deepspeed)", "not in this release"]),
@@ -126,9 +126,17 @@ def test_help_names_groups_and_defaults_and_hides_what_is_not_there_yet() -> Non
     text = help_text("train", RunConfig, "Train.")
     assert "spiking: adaptive, off" in text
     assert "microbatch_rows: 1" in text
-    for key in ("tp", "pp", "sequence_parallel", "virtual_stages", "dp_replicate", "stage_layers"):
+    for key in (
+        "tp",
+        "pp",
+        "sequence_parallel",
+        "virtual_stages",
+        "dp_replicate",
+        "stage_layers",
+        "ep",
+    ):
         assert f"    {key}: " in text
-    for later in ("cp", "ep", "zero"):
+    for later in ("cp", "zero"):
         assert f"    {later}: " not in text
 
 

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from models.activation_memory import Again, Workload, block_footprint
+from models.activation_memory import block_footprint
 from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
+from models.expert_config import Balance, ExpertConfig, RouterScore
 from models.head_memory import embedding_footprint, head_footprint
 from models.initialisation import initialise
 from models.kernel_memory import Heads, softmax_memory
+from models.memory_tape import Footprint
+from models.mixer_config import (
+    BranchConfig,
+    BranchMerge,
+    BranchNorm,
+    BranchProjections,
+    FeatureMap,
+    GateKind,
+    LinearAttentionConfig,
+)
 from models.model import Model
+from models.operation_memory import Again, Workload
 from models.recomputation import Recomputation
+from models.routing import Routing
 from models.sequence import SequenceContext
+from models.softmax_attention import SoftmaxAttention
 from models.spiking.neurons import Spikes
 from tests.support.allocations import peak_bytes
 from tests.support.kept_bytes import kept_bytes
 
+SIGMOID = LinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied)
+FLOOR = replace(SIGMOID, gate_offset=1.0, gate_floor=0.1)
 SHAPES = [(1, 40), (2, 200), (3, 173)]
 SPIKING = {
     "off": SpikingConfig(),
@@ -31,12 +49,41 @@ MODELS: dict[str, dict[str, Any]] = {
     "F qk_norm": {"qk_norm": True}, "L qk_norm": {"qk_norm": True},
     "F no groups": {"num_key_value_heads": 4}, "S no groups": {"num_key_value_heads": 4},
     "S long": {"window_tokens": 70, "qkv_bias": False},
+    "L key-tied": {"linear": SIGMOID}, "L floor": {"linear": FLOOR},
+    "L sigmoid": {"linear": LinearAttentionConfig(feature_map=FeatureMap.sigmoid)},
+    "L+S": {}, "F+L": {"qk_norm": True}, "L+S key-tied": {"linear": FLOOR},
+    **{f"L+F {'-'.join(each.name for each in (projections, norm, merge))}": {
+        "branches": BranchConfig(projections=projections, norm=norm, merge=merge)
+    } for projections, norm, merge in itertools.product(
+        BranchProjections, BranchNorm, BranchMerge
+    )},
 }  # fmt: skip
+MOE = ExpertConfig(num_experts=5, num_shared_experts=0, intermediate_size=28)
+TOP_2 = replace(MOE, top_k=2, num_shared_experts=1)
+EXPERTS: dict[str, ExpertConfig] = {
+    "top 1": MOE,
+    "top 2, shared": TOP_2,
+    "capacity": replace(TOP_2, capacity_factor=1.25),
+    "tight": replace(MOE, capacity_factor=0.5, num_shared_experts=2),
+    "sigmoid": replace(TOP_2, score=RouterScore.sigmoid, renormalise=True, z_loss_coefficient=0.1),
+    "step before": replace(TOP_2, balance=Balance.previous_step),
+    "microbatch": replace(TOP_2, balance=Balance.microbatch, score=RouterScore.sigmoid),
+    "bias": replace(TOP_2, balance=Balance.bias, num_experts=4),
+    "no losses": replace(MOE, balance_coefficient=0.0),
+}
+MODELS |= {f"_ {name}": {"ffns": "e", "moe": moe} for name, moe in EXPERTS.items()}
 AGAIN = {
     "norms": Again(norms=True),
     "activations": Again(activations=True),
     "mixer": Again(mixer=True),
     "all parts": Again(norms=True, activations=True, mixer=True),
+}
+EXPERTS_AGAIN = AGAIN | {
+    "experts": Again(experts=True),
+    "norms and experts": Again(norms=True, experts=True),
+    "parts and experts": Again(norms=True, activations=True, experts=True),
+    "expert layer": Again(expert_layer=True),
+    "all": Again(norms=True, activations=True, expert_layer=True),
 }
 LAYER = frozenset({0})
 
@@ -56,7 +103,7 @@ class Real:
         values: dict[str, Any] = {
             "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "qkv_bias": True,
-            "window_tokens": 16, "mixers": name[0], "ffns": "d",
+            "window_tokens": 16, "mixers": name.partition(" ")[0], "ffns": "d",
         }  # fmt: skip
         self.config = ModelConfig(**(values | MODELS.get(name, {}) | sizes))
         self.again, self.spiking, self.dtype = again, spiking, dtype
@@ -64,12 +111,15 @@ class Real:
             norms=LAYER if again.norms else frozenset(),
             activations=LAYER if again.activations else frozenset(),
             mixers=LAYER if again.mixer and name[0] != "_" else frozenset(),
+            experts=LAYER if again.experts else frozenset(),
+            expert_layers=LAYER if again.expert_layer else frozenset(),
         )
         self.model = Model(self.config, spiking=spiking, recompute=recompute)
         initialise(self.model, seed=1)
         for parameter_name, parameter in self.model.named_parameters():
             acts_wide = "norm" in parameter_name or "gate_up" in parameter_name
-            acts_wide |= "gate_down" in parameter_name
+            acts_wide |= "gate_down" in parameter_name or "merge" in parameter_name
+            acts_wide |= "router" in parameter_name
             wide = torch.promote_types(dtype, torch.float32)
             parameter.data = parameter.data.to(wide if acts_wide else dtype)
 
@@ -83,16 +133,20 @@ class Real:
     def tables(self, sequence: SequenceContext) -> list[Tensor]:
         """The rotary tables belong to the model; layers share them."""
         mixer = self.model.blocks[0].mixer
-        core = None if mixer is None else mixer.branches[0].core
-        rotary = getattr(core, "_rotary", None)
-        if rotary is None:
-            return []
-        rotation = rotary.for_sequence(sequence, self.dtype)
-        return [rotation.cos, rotation.sin]
+        for branch in () if mixer is None else mixer.branches:
+            if isinstance(branch.core, SoftmaxAttention):
+                (rotation,) = branch.core.operands(torch.empty(0, dtype=self.dtype), sequence)
+                return [rotation.cos, rotation.sin]
+        return []
 
     def run(self, x: Tensor, sequence: SequenceContext) -> Tensor:
         is_on = self.spiking.neuron is NeuronKind.adaptive
-        return self.model.blocks[0](x, sequence, Spikes(3.0) if is_on else None)
+        routing = Routing(num_rows=x.shape[0], num_tokens=x.shape[0] * x.shape[1])
+        return self.model.blocks[0](x, sequence, Spikes(3.0) if is_on else None, routing)
+
+    def footprint(self, rows: int, length: int) -> Footprint:
+        (mixers,), (ffn,) = self.config.layers.mixers, self.config.layers.ffns
+        return block_footprint(self.workload(rows, length), mixers, ffn, self.again)
 
 
 def assert_kept(real: Real, rows: int, length: int) -> None:
@@ -106,8 +160,7 @@ def assert_kept(real: Real, rows: int, length: int) -> None:
         return out[0]
 
     kept = kept_bytes(forward, besides=besides)
-    mixers = real.config.layers.mixers[0]
-    planned = block_footprint(real.workload(rows, length), mixers, real.again)
+    planned = real.footprint(rows, length)
     # Planned is the input, which is not counted here; counted is the output, which is not planned.
     assert planned.kept - x.nbytes == kept - out[0].nbytes
 
@@ -121,7 +174,11 @@ def test_a_block_keeps_what_is_planned(name: str, spiking: str, dtype: torch.dty
         assert_kept(real, rows, length)
 
 
-@pytest.mark.parametrize("name", ["F", "S", "L", "L qk_norm"])
+@pytest.mark.parametrize(
+    "name",
+    ["F", "S", "L", "L qk_norm", "L floor", "L+S", "L+S key-tied",
+     "L+F shared-after_output-learned", "L+F separate-before_output-learned"],
+)  # fmt: skip
 @pytest.mark.parametrize("again", AGAIN)
 @pytest.mark.parametrize("spiking", ["off", "detached"])
 def test_a_block_that_computes_parts_again_keeps_what_is_planned(
@@ -130,11 +187,34 @@ def test_a_block_that_computes_parts_again_keeps_what_is_planned(
     assert_kept(Real(name, SPIKING[spiking], torch.bfloat16, AGAIN[again]), 2, 200)
 
 
-@pytest.mark.parametrize("name", ["F", "S", "L", "_"])
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("again", EXPERTS_AGAIN)
+@pytest.mark.parametrize("spiking", ["off", "detached"])
+def test_experts_that_are_computed_again_keep_what_is_planned(
+    name: str, again: str, spiking: str
+) -> None:
+    assert_kept(Real(f"_ {name}", SPIKING[spiking], torch.bfloat16, EXPERTS_AGAIN[again]), 2, 200)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["F", "S", "L", "_", "L floor", "L+S", "L+F shared-after_output-learned",
+     "L+F separate-before_output-mean"],
+)  # fmt: skip
 @pytest.mark.parametrize("again", [None, "norms", "activations", "all parts"])
 def test_the_peak_of_a_backward_is_close(name: str, again: str | None) -> None:
+    assert_peak(name, SPIKING["detached"], again)
+
+
+@pytest.mark.parametrize("name", ["top 1", "top 2, shared", "capacity", "tight", "sigmoid"])
+@pytest.mark.parametrize("again", [None, *EXPERTS_AGAIN])
+def test_the_peak_of_experts_is_close(name: str, again: str | None) -> None:
+    assert_peak(f"_ {name}", SPIKING["detached"], again)
+
+
+def assert_peak(name: str, spiking: SpikingConfig, again: str | None) -> None:
     real = Real(
-        name, SPIKING["detached"], torch.float32, AGAIN.get(again or ""), hidden_size=96,
+        name, spiking, torch.float32, EXPERTS_AGAIN.get(again or ""), hidden_size=96,
         intermediate_size=256, head_dim=24, window_tokens=64,
     )  # fmt: skip
     rows, length = 2, 512
@@ -150,7 +230,7 @@ def test_the_peak_of_a_backward_is_close(name: str, again: str | None) -> None:
         torch.autograd.backward(edge, gradient)
         real.model.zero_grad()
 
-    planned = block_footprint(real.workload(rows, length), real.config.layers.mixers[0], real.again)
+    planned = real.footprint(rows, length)
     # The gradient is there from the start of the step here.
     stream = rows * length * real.config.hidden_size * 4
     peak = max(planned.backward_peak, planned.forward_peak + stream)

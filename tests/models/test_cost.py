@@ -83,6 +83,8 @@ def test_routers_state_is_no_parameter_and_idle_experts_are_not_active() -> None
     whole = cost.parameter_count(config)
     assert whole - cost.parameter_count(tiny_config()) == 2 * (layer - dense)
     assert cost.parameter_count(with_bias) == whole
+    added = cost.new_parameter_count(with_bias) - cost.new_parameter_count(tiny_config())
+    assert added == 2 * 4 * config.hidden_size
     assert cost.active_parameter_count(config) == whole - 2 * 2 * one_expert
     met = cost.matrix_parameter_count(config) - cost.matrix_parameter_count(tiny_config())
     assert met == 2 * (4 * one_expert + 4 * config.hidden_size - dense)
@@ -148,8 +150,11 @@ def test_a_shared_output_projection_is_met_twice_where_branches_meet_after_it() 
 def test_a_layer_mixes_for_each_of_its_branches() -> None:
     alone = cost.flops_by_part(tiny_config(mixers="L S F _"), 7.0, 4.0)
     both = cost.flops_by_part(tiny_config(mixers="L+S S+F _ _"), 7.0, 4.0)
-    linear, window, full, _ = alone.mixing
-    assert both.mixing == (linear + window, window + full, 0.0, 0.0)
+    linear, window, full = alone.linear[0], alone.softmax[1], alone.softmax[2]
+    assert (alone.softmax, alone.linear) == ((0, window, full, 0), (linear, 0, 0, 0))
+    assert both.softmax == (window, window + full, 0, 0)
+    assert both.linear == (linear, 0, 0, 0)
+    assert both.layers[0] == both.products[0] + window + linear
 
 
 def test_costs_of_parts_are_those_of_a_count_by_hand() -> None:

@@ -76,6 +76,28 @@ def test_torchs_grouped_product_is_asked_rightly(
     _check(counts, Groups(torch.tensor(counts)), dtype=torch.float32, relative=1e-5)
 
 
+def test_what_torchs_grouped_product_refuses_is_found_out() -> None:
+    if models.grouped_linear._grouped_mm is None:
+        pytest.skip("this torch has no grouped product")
+    cpu = torch.device("cpu")
+    assert models.grouped_linear._computes(cpu, torch.float32)
+    assert not models.grouped_linear._computes(cpu, torch.int64)
+
+
+def test_wrong_products_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = models.grouped_linear._grouped_mm
+    if right is None:
+        pytest.skip("this torch has no grouped product")
+    for is_wrong in (lambda right: right.dim() == 3, lambda right: right.dim() == 2):
+
+        def product(left: Tensor, matrices: Tensor, offs: Tensor, is_wrong=is_wrong) -> Tensor:
+            return right(left, matrices, offs=offs) + is_wrong(matrices)
+
+        monkeypatch.setattr(models.grouped_linear, "_grouped_mm", product)
+        cpu = torch.device("cpu")
+        assert not models.grouped_linear._computes.__wrapped__(cpu, torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_gpu_computes_the_same(name: str) -> None:

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from models.expert_config import Balance, ExpertConfig
 from models.initialisation import initialise, tensor_for
 from models.layouts import parameter_layouts
+from models.mixer_config import BranchConfig, BranchMerge
 from models.model import Model
 from tests.models.tiny import tiny_config
 from tests.support.closeness import assert_close
@@ -52,11 +54,14 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
 
 
 def test_norms_are_1_biases_and_gates_0_and_all_else_normal() -> None:
-    config = tiny_config(hidden_size=96, vocab_size=300, initializer_range=0.02, qk_norm=True)
+    config = tiny_config(
+        hidden_size=96, vocab_size=300, initializer_range=0.02, qk_norm=True, mixers="L S F L+S",
+        branches=BranchConfig(merge=BranchMerge.learned),
+    )  # fmt: skip
     model = Model(config)
     initialise(model, seed=5)
     for name, value in _state(model).items():
-        if "norm" in name:
+        if "norm" in name or "merge" in name:
             assert (value == 1).all(), name
         elif name.endswith("bias") or "gate_up" in name:
             assert (value == 0).all(), name
@@ -90,3 +95,19 @@ def test_a_meta_model_is_refused() -> None:
         model = Model(tiny_config())
     with pytest.raises(ValueError, match="must be on a device that holds data"):
         initialise(model, seed=5)
+
+
+@pytest.mark.parametrize(("balance", "value"), [(Balance.bias, 0.0), (Balance.previous_step, 0.25)])
+def test_routers_are_drawn_and_remember_an_even_load(balance: Balance, value: float) -> None:
+    moe = ExpertConfig(num_experts=4, balance=balance)
+    model = Model(tiny_config(hidden_size=96, initializer_range=0.02, ffns="e*4", moe=moe))
+    initialise(model, seed=5)
+    state = _state(model)
+    (remembered,) = (
+        v for name, v in state.items() if name.startswith("blocks.2.ffn.router.") and v.dim() == 1
+    )
+    assert remembered.tolist() == [value] * 4
+    assert float(state["blocks.2.ffn.router.weight"].std()) == pytest.approx(0.02, rel=0.1)
+    experts = state["blocks.2.ffn.experts.up_proj.weight"]
+    assert float(experts.std()) == pytest.approx(0.02, rel=0.1)
+    assert not torch.equal(experts[0], experts[1])

@@ -239,6 +239,24 @@ def test_a_decay_does_not_come_from_a_rounded_key() -> None:
     assert_close(log_decay, [-6.50150227, -9.00012340], relative=1e-6)
 
 
+def test_strong_decays_in_float32_are_near_float64() -> None:
+    """Logits of spread 20: a sum of log decays of hundreds within a chunk."""
+    mixer, x = _mixer(linear=key_tied()), _x(150)
+    with torch.no_grad():
+        mixer.k_proj.weight.mul_(20 / float(mixer.k_proj(x).std()))
+    sequence = SequenceContext.one_document_per_row(2, 150)
+    assert (_log_decay(mixer, x).sum(dim=1) < -1000).any()
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = x.to(dtype).requires_grad_()
+        (heads,) = mixer.to(dtype).attend(leaf, sequence)
+        (gradient,) = torch.autograd.grad(heads.square().sum(), leaf)
+        found.append((heads, gradient))
+    (expected, wanted), (heads, gradient) = found
+    assert_close(heads, expected, relative=1e-5)
+    assert_close(gradient, wanted, relative=1e-5)
+
+
 def test_a_floor_is_the_smallest_decay() -> None:
     _, log_decay = key_tied_gate(torch.tensor([-50.0, 0.0, 50.0]), offset=0.0, floor=0.2)
     assert_close(log_decay.exp(), [1.0, 0.6, 0.2], relative=1e-6)

@@ -118,6 +118,34 @@ def test_what_nobody_keeps_exists_for_a_moment_when_a_region_is_made_again() -> 
         small = tape.op(large, makes=6)
     found = tape.footprint(tape.op(small, makes=2, saves=[small]))
     assert found.kept == 4
-    # The gradient of the result, the source, all that is made on the way.
-    again = 2 + 4 + 6 + 50 + 5
+    # The gradient of the result, the source, all that is made on the way; `large` is gone before
+    # anything else exists.
+    again = 2 + 4 + max(50 + 5, 50 + 6)
     assert found.backward_peak == max(again, 4 + 6 + 50 + 2)
+
+
+def test_what_one_region_makes_again_for_another_is_gone_after_that() -> None:
+    tape = Tape(4)
+    with tape.computed_again(True):
+        first = tape.op(tape.source, makes=30)
+    with tape.computed_again(True):
+        second = tape.op(first, makes=12)
+        third = tape.op(second, makes=12, saves=[second])
+    result = tape.op(third, makes=2, saves=[third])
+    found = tape.footprint(tape.op(result, makes=2, hands_gradient_on=True))
+    assert found.kept == 4
+    # All of it once; then the gradients of `third`, `second` and `first`, which nobody reads.
+    assert found.backward_peak == max(4 + 2 + 30 + 12 + 12, 4 + 2 + 24 + 12, 4 + 12 + 30)
+
+
+def test_what_is_kept_anyway_is_kept_to_the_end() -> None:
+    tape = Tape(4)
+    result = chain(tape)
+    plain, again = tape.footprint(result), tape.footprint(result, recompute=True)
+    tape.keep(7)
+    for before, recompute in ((plain, False), (again, True)):
+        found = tape.footprint(result, recompute=recompute)
+        assert found.kept == before.kept + 7
+        assert found.forward_peak == before.forward_peak + 7
+        assert found.backward_peak == before.backward_peak + 7
+        assert found.later_backward_peak == before.later_backward_peak + 7

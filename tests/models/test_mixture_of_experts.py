@@ -113,9 +113,7 @@ def test_all_tokens_to_one_expert(name: str) -> None:
     for parameter, gradient in wanted.items():
         assert_close(found[parameter], gradient, relative=1e-11, absolute=1e-14, name=parameter)
     assert not found["blocks.1.ffn.experts.up_proj.weight"][[0, 1, 3]].any()
-    step = StepRouting.of(
-        recorder.tensors(rank=0, num_ranks=1), num_experts=E, num_tokens=tokens.numel()
-    )
+    step = StepRouting.of(recorder.tensors(rank=0, num_ranks=1), moe, num_tokens=tokens.numel())
     metrics = step.metrics()
     assert metrics["moe/1/dead_experts"] == 3
     assert metrics["moe/1/load_max"] == 1.0

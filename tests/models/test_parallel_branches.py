@@ -135,6 +135,19 @@ def test_branches_are_their_slow_twin_forward_and_backward(switches: str, pair: 
         assert_close(gradient, twin, relative=1e-11, name=name)
 
 
+def test_head_outputs_of_each_branch_can_be_had_before_their_norms() -> None:
+    mixer, x, sequence = (
+        mixer_of(branch_config("separate before_output sum")),
+        draw(13),
+        packed([[4, 9], [13]]),
+    )
+    outputs = [
+        branch.projections.o_proj(branch.core.head_norm(heads).flatten(2))
+        for branch, heads in zip(mixer.branches, mixer.attend(x, sequence), strict=True)
+    ]
+    assert_close(outputs[0] + outputs[1], mixer(x, sequence), relative=1e-14)
+
+
 @pytest.mark.parametrize("letter", ["L", "S"])
 def test_weights_1_and_0_leave_the_single_branch(letter: str) -> None:
     """`L` has the same norm alone; for `S` it is taken off, which keeps it from being 1."""

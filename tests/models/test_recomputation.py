@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
 from models.expert_config import ExpertConfig
@@ -112,6 +113,14 @@ def test_no_bit_changes_and_statistics_are_recorded_once(
     own_outputs = 3 if name in (*SINGLE, "branches shared before_output") else 6
     assert len(sums) == (2 if spiking == "off" else 2 + 3 + own_outputs + 4 * 2 + 2)
     assert all(torch.equal(sums[site], value) for site, value in expected_sums.items())
+
+
+def test_blocks_that_run_again_to_their_end_record_once() -> None:
+    """Torch stops as soon as it has what it needs, by default."""
+    with set_checkpoint_early_stop(False):
+        _, _, sums = _step(DETACHED, torch.float64, KINDS["all blocks"])
+    expected = _expected(DETACHED, torch.float64)[2]
+    assert all(torch.equal(sums[site], value) for site, value in expected.items())
 
 
 B, T = 2, 14

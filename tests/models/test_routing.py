@@ -22,13 +22,16 @@ def sums(**values: float) -> dict[str, Tensor]:
     return {name: torch.tensor(values.get(name, 0.0)) for name in SUMS}
 
 
-def step_of(*recorders: RoutingRecorder, num_experts: int, num_tokens: int) -> StepRouting:
+def step_of(
+    *recorders: RoutingRecorder, num_experts: int, num_tokens: int, top_k: int = 1
+) -> StepRouting:
     """As the ranks' numbers are summed."""
     total: dict[str, Tensor] = {}
     for rank, recorder in enumerate(recorders):
         for name, vector in recorder.tensors(rank=rank, num_ranks=len(recorders)).items():
             total[name] = total.get(name, torch.zeros_like(vector)) + vector
-    return StepRouting.of(total, num_experts=num_experts, num_tokens=num_tokens)
+    moe = ExpertConfig(num_experts=num_experts, top_k=top_k)
+    return StepRouting.of(total, moe, num_tokens=num_tokens)
 
 
 def test_ranks_and_microbatches_add_up_and_the_largest_logit_stays() -> None:
@@ -38,7 +41,7 @@ def test_ranks_and_microbatches_add_up_and_the_largest_logit_stays() -> None:
     right.add(3, torch.tensor([4, 0, 2]), sums(dropped=2, z_loss=0.25), torch.tensor(6.0))
     right.add(10, torch.tensor([1, 2, 3]), sums(balance_loss=0.125), torch.tensor(1.0))
     left.add(10, torch.tensor([2, 2, 2]), sums(), torch.tensor(2.0))
-    step = step_of(left, right, num_experts=3, num_tokens=6)
+    step = step_of(left, right, num_experts=3, num_tokens=6, top_k=2)
     assert step.metrics() == {
         "moe/3/load_max": 7 / 12, "moe/3/load_min": 0.0, "moe/3/dead_experts": 1.0,
         "moe/3/dropped_share": 3 / 12, "moe/3/entropy": 0.5, "moe/3/max_logit": 7.0,

@@ -5,7 +5,7 @@ What such a run must compute is in `engine_oracle`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -67,9 +67,9 @@ class Case:
     `is_cuttable` takes a deeper model, whose heads and channels four ranks can share out.
     `recompute` drops the first two blocks, `selective` norms, activations and mixers of all, and of
     experts one layer whole and what others do inside. `branches` makes every mixer of the cuttable
-    model two parallel ones with a key-tied gate, `moe` every other layer one of experts, `sinks`
-    gives it sink tokens, `teacher_sinks` the teacher and, where no streams are compared, a width of
-    its own.
+    model two parallel ones with a key-tied gate, `moe` every other layer one of experts, whose
+    routers start at zero with `ties`. `sinks` gives it sink tokens, `teacher_sinks` the teacher
+    and, where no streams are compared, a width of its own.
     """
 
     parallel: ParallelConfig = ParallelConfig()
@@ -87,6 +87,7 @@ class Case:
     offload: bool = False
     precision: Precision = Precision.fp64
     moe: ExpertConfig | None = None
+    ties: bool = False
     sinks: SinkConfig = SinkConfig()
     teacher_sinks: SinkConfig = SinkConfig()
 
@@ -101,6 +102,7 @@ class Case:
             is_cuttable=self.is_cuttable,
             branches=self.branches,
             moe=self.moe,
+            ties=self.ties,
             sinks=self.sinks,
             teacher_sinks=self.teacher_sinks,
         )
@@ -260,11 +262,19 @@ def build_engine(mesh: Mesh, case: Case, *, seed: int | None = SEED) -> TorchEng
         teacher=None if case.teacher is None else spec,
         loss_chunk_tokens=16,
     )
+    if case.ties:
+        for name in routers(engine.parameters):
+            engine.parameters[name].local.zero_()
     if engine.teacher is not None:
         weights = dict(teacher_model(case).named_parameters())
         for name, box in engine.teacher.parameters.items():
             box.fill(weights[name].data)
     return engine
+
+
+def routers(names: Iterable[str]) -> list[str]:
+    """Those that give experts their scores."""
+    return [name for name in names if name.endswith("router.weight")]
 
 
 def trainable(config: ModelConfig) -> list[str]:

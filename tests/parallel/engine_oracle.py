@@ -32,6 +32,7 @@ from tests.parallel.engine_cases import (
     Run,
     config_of,
     groups_of,
+    routers,
     rows_of,
     share_of,
     spikes_of,
@@ -164,4 +165,7 @@ def plain_model(case: Case) -> Model:
     layouts = model.layouts()
     for name, parameter in model.named_parameters():
         parameter.data.copy_(tensor_for(name, layouts[name], config, SEED))
+    if case.ties:
+        for name in routers(layouts):
+            model.get_parameter(name).data.zero_()
     return model

@@ -52,7 +52,8 @@ class RealRun:
         alone = None if torch.distributed.is_initialized() else {}
         mesh = init(CpuBackend(), parallel, environment=alone)
         layout = Layout.of(parallel, mesh.size)
-        trained = [name for name in parameter_layouts(job.model) if name not in job.frozen]
+        layouts = parameter_layouts(job.model)
+        trained = [n for n, layout in layouts.items() if not (layout.is_state or n in job.frozen)]
         engine = TorchEngine(
             job.model,
             mesh=mesh,

@@ -18,8 +18,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
       for name in ("pp", "cp", "tp", "ep", "dp_replicate", "vocab_multiple")),
     *(({name: -2}, f"parallel.{name} (-2) must be at least 1, or null to derive it.")
       for name in ("dp", "dp_shard", "virtual_stages")),
-    *(({name: 2}, f"parallel.{name} (2) must be 1: this axis is not in this release. Leave it at 1."
-       " Use dp, tp or pp for more ranks.") for name in ("cp", "ep")),
+    ({"cp": 2}, "parallel.cp (2) must be 1: this axis is not in this release. Leave it at 1."
+     " Use dp, tp or pp for more ranks."),
     (
         {"sequence_parallel": True},
         "parallel.sequence_parallel (true) must come with parallel.tp above 1: got tp 1. Set "
@@ -124,6 +124,13 @@ def test_stages_of_a_schedule(values: dict[str, Any], per_rank: int, stages: int
         ),
         ({"dp_replicate": 5}, 4, "parallel.dp_replicate (5) must divide parallel.dp: got 4. Set it "
                                  "to 4, or change the number of processes."),
+        (
+            {"ep": 4, "tp": 2}, 12,
+            "parallel.ep (4) must divide parallel.dp, whose ranks share out the experts: got 6. "
+            "Set it to 3 or 6, or change the number of processes.",
+        ),
+        ({"ep": 3, "shard": Shard.none}, 2, "parallel.ep (3) must divide parallel.dp, whose ranks "
+                                            "share out the experts: got 2. Set it to 2, or"),
     ],
 )  # fmt: skip
 def test_a_layout_for_another_number_of_processes_is_refused(
@@ -143,6 +150,7 @@ def test_a_layout_for_another_number_of_processes_is_refused(
         ({"pp": 3, "tp": 2}, (3, 1, 2, 2)),
         ({"pp": 3, "tp": 2, "shard": Shard.none, "dp": 2}, (3, 2, 1, 2)),
         ({"pp": 3, "dp_replicate": 2, "dp": 4, "dp_shard": 2}, (3, 2, 2, 1)),
+        ({"tp": 2, "ep": 3}, (1, 1, 6, 2)),
     ],
 )
 def test_what_is_null_is_derived_from_the_processes(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.expert_config import Balance, ExpertConfig
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, Shard
 from parallel.engine import ParamGroup, TorchEngine
@@ -222,12 +223,14 @@ def test_token_losses_sum_to_the_loss() -> None:
     [
         (("nothing.weight",), "must name parameters of the model: got nothing.weight"),
         (("head.weight", "head.weight"), "each parameter once: got head.weight twice"),
+        # A state: it moves without an optimizer.
+        (("blocks.1.ffn.router.selection_bias",), "parameters of the model: got blocks.1.ffn.rout"),
     ],
 )
 def test_groups_that_do_not_fit(names: tuple[str, ...], message: str) -> None:
     mesh = init(CpuBackend(), ParallelConfig(), environment={})
     try:
-        config = config_of(Case())
+        config = config_of(Case(is_cuttable=True, moe=ExpertConfig(balance=Balance.bias)))
         with pytest.raises(ValueError, match=message):
             TorchEngine(config, mesh=mesh, groups=[ParamGroup(names, 0.0, 1.0)], rule=Rule())
     finally:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from models.expert_config import Balance, ExpertConfig, RouterScore
+from models.lesson import Goals
+from models.mixer_config import BranchConfig, BranchMerge
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
 from parallel.mesh import init
@@ -34,6 +36,8 @@ PREVIOUS = replace(
 )  # fmt: skip
 BIAS = replace(DROPLESS, balance=Balance.bias, bias_update_rate=0.02, score=RouterScore.sigmoid)
 
+BRANCHES = BranchConfig(merge=BranchMerge.learned)
+
 
 def case(moe: ExpertConfig, *, rows: int = 2, **axes: Any) -> Case:
     extra = {name: axes.pop(name) for name in list(axes) if name in Case.__dataclass_fields__}
@@ -44,7 +48,11 @@ def case(moe: ExpertConfig, *, rows: int = 2, **axes: Any) -> Case:
 ZERO_BUBBLE = {"pp": 2, "schedule": PipelineSchedule.zero_bubble}
 ONE = {
     "one row": case(DROPLESS, rows=1),
+    "dropless two rows": case(DROPLESS, rows=2),
+    "dropless four rows": case(DROPLESS, rows=4),
+    "capacity one row": case(CAPACITY, rows=1),
     "two rows": case(CAPACITY, rows=2),
+    "capacity four rows": case(CAPACITY, rows=4),
     "four rows": case(PREVIOUS, rows=4),
     "three rows": case(BIAS, rows=3),
     "without spikes": case(CAPACITY, rows=1, spiking=False),
@@ -58,6 +66,7 @@ TWO = {
     "tp2 previous": case(PREVIOUS, tp=2, rows=1),
     "tp2 bias": case(BIAS, tp=2),
     "tp2 through": case(CAPACITY, tp=2, through=True),
+    "tp2 sequence ties": case(CAPACITY, tp=2, sequence_parallel=True, ties=True),
     "tp2 sequence": case(DROPLESS, tp=2, sequence_parallel=True),
     "tp2 sequence capacity": case(CAPACITY, tp=2, sequence_parallel=True, rows=1),
     "tp2 sequence previous recomputed": case(
@@ -69,16 +78,29 @@ TWO = {
     "pp2 interleaved previous": case(PREVIOUS, pp=2, schedule=PipelineSchedule.interleaved),
     "pp2 zero bubble": case(DROPLESS, **ZERO_BUBBLE),
     "pp2 zero bubble capacity selective": case(CAPACITY, **ZERO_BUBBLE, selective=True),
+    "pp2 teacher": case(PREVIOUS, pp=2, teacher=Goals(kl=0.5, hidden=0.25, temperature=2.0)),
+    "tp2 sequence branches": case(
+        CAPACITY, tp=2, sequence_parallel=True, branches=BRANCHES, selective=True
+    ),
+    "pp2 ties": case(DROPLESS, pp=2, ties=True),
     "pp2 bias": case(BIAS, pp=2),
     "dp2": case(DROPLESS),
     "dp2 capacity sgd": case(CAPACITY, rule=Rule(RuleName.sgd)),
     "dp2 parameters": case(DROPLESS, shard=Shard.parameters, rows=1),
     "dp2 parameters previous selective": case(PREVIOUS, shard=Shard.parameters, selective=True),
     "dp2 parameters bias": case(BIAS, shard=Shard.parameters),
+    "dp2 parameters capacity": case(CAPACITY, shard=Shard.parameters),
+    "dp2 none": case(DROPLESS, shard=Shard.none, rows=1),
     "dp2 none capacity": case(CAPACITY, shard=Shard.none),
     "dp2 none bias": case(BIAS, shard=Shard.none),
 }
 FOUR = {
+    "tp2 pp2 sequence capacity branches": case(
+        CAPACITY, tp=2, pp=2, sequence_parallel=True, branches=BRANCHES, rows=1
+    ),
+    "pp2 dp2 parameters tied branches": case(
+        DROPLESS, pp=2, shard=Shard.parameters, tied=True, branches=BRANCHES
+    ),
     "tp2 pp2 sequence capacity": case(CAPACITY, tp=2, pp=2, sequence_parallel=True),
     "tp2 dp2 parameters previous": case(PREVIOUS, tp=2, shard=Shard.parameters),
     "pp2 dp2 bias": case(BIAS, pp=2),
@@ -88,9 +110,10 @@ LAYOUTS: dict[int, dict[str, Case]] = {1: ONE, 2: TWO, 4: FOUR}
 SIZES = {name: world_size for world_size, cases in LAYOUTS.items() for name in cases}
 CASES = {name: each for cases in LAYOUTS.values() for name, each in cases.items()}
 QUICK = {
-    "one row", "four rows", "three rows", "microbatch", "tp2 capacity",
-    "tp2 sequence previous recomputed", "tp2 sequence bias selective", "pp2 capacity",
-    "dp2 none bias", "dp2 parameters previous selective",
+    "one row", "dropless four rows", "capacity one row", "capacity four rows", "four rows",
+    "three rows", "microbatch", "tp2 capacity", "tp2 sequence previous recomputed",
+    "tp2 sequence bias selective", "tp2 sequence ties", "pp2 capacity", "dp2 none bias",
+    "dp2 parameters previous selective",
 }  # fmt: skip
 NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 

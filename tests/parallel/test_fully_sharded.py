@@ -18,6 +18,7 @@ from models.mixer_config import BranchConfig, BranchMerge, BranchNorm
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, Precision, Shard
 from parallel.engine import TorchEngine
+from parallel.fully_sharded import shard_dim
 from parallel.mesh import Mesh, close, init
 from tests.parallel.engine_cases import LEVELS, ROWS, Case, build_engine, train_step
 from tests.support.closeness import assert_close
@@ -189,6 +190,24 @@ def test_routers_act_in_float32(levels: dict[str, Any], shard: str) -> None:
 @pytest.mark.parametrize("shard", [shard.name for shard in Shard])
 def test_masters_and_gradients_are_float32(levels: dict[str, Any], shard: str) -> None:
     assert levels[f"{shard} at rest"] == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_shards", "dim"),
+    [
+        ((4, 12, 24), 2, 0),
+        ((3, 12, 24), 2, 1),
+        ((2, 1408, 3584), 16, 1),
+        ((3, 9, 24), 2, 0),
+        ((6, 24, 9), 4, 1),
+        ((5, 24), 4, 0),
+        ((7,), 4, 0),
+    ],
+)
+def test_matrices_that_ranks_cannot_share_out_are_cut_themselves(
+    shape: tuple[int, ...], num_shards: int, dim: int
+) -> None:
+    assert shard_dim(shape, num_shards) == dim
 
 
 def test_rows_at_rest_and_after_forward(levels: dict[str, Any]) -> None:

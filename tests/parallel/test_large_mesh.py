@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -13,14 +14,19 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.config import ModelConfig
 from models.layouts import parameter_layouts
+from models.mixer_config import SinkConfig
+from models.model import Model
 from models.recomputation import NOTHING
 from parallel.assembly import Blueprint, build_parts, own_parts
-from parallel.axes import axis_sizes
+from parallel.axes import axis_sizes, expert_axis_sizes
+from parallel.boxes import local_of
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.mesh import Mesh, Place
 from parallel.pipeline_cut import cut
+from parallel.planned import Assignment, Job, Layout
+from parallel.rank_memory import rank_memory
 from parallel.rank_parameters import RankParameters
-from tests.models.test_cost import SPIKINGBRAIN_7B
+from tests.models.test_cost import SPIKINGBRAIN_7B, SPIKINGBRAIN_76B
 from tests.support.fake_ranks import fake_mesh
 
 NUM_RANKS = 512
@@ -96,24 +102,76 @@ def check_all_places(mesh: Mesh, sizes: Sizes) -> None:
 def test_places_and_groups_of_512_ranks(sizes: Sizes) -> None:
     assert prod(sizes) == NUM_RANKS
     assert axis_sizes(PRODUCTS[sizes], NUM_RANKS) == sizes
-    drawn = random.Random(sum(sizes)).sample(range(1, NUM_RANKS - 1), 3)
-    for rank in (0, *drawn, NUM_RANKS - 1):
+    for rank in some_ranks(seed=sum(sizes)):
         with fake_mesh(PRODUCTS[sizes], rank=rank, world_size=NUM_RANKS) as mesh:
             check_place(mesh, sizes)
             check_all_places(mesh, sizes)
+            assert (mesh.ep_size, mesh.ep_rank) == (1, 0)
+            assert mesh.expert_replicate_rank == mesh.replicate_rank
+            assert mesh.expert_fsdp_mesh == mesh.fsdp_mesh
+
+
+def some_ranks(seed: int) -> tuple[int, ...]:
+    """The first, the last and a few between."""
+    drawn = random.Random(seed).sample(range(1, NUM_RANKS - 1), 3)
+    return 0, *drawn, NUM_RANKS - 1
+
+
+EXPERTS: dict[tuple[int, ...], ParallelConfig] = {
+    (4, 1, 16, 8, 1): ParallelConfig(pp=4, dp=128, ep=8, shard=Shard.parameters),
+    (1, 1, 1, 512, 1): ParallelConfig(ep=512),
+    (8, 4, 2, 2, 4): ParallelConfig(pp=8, tp=4, dp_replicate=4, ep=2),
+    (16, 4, 1, 8, 1): ParallelConfig(pp=16, shard=Shard.none, ep=8),
+    (4, 4, 1, 32, 1): ParallelConfig(pp=4, dp_replicate=16, dp_shard=8, ep=32),
+}
+"""Sizes of pp, the two parts of edp, ep and tp: inside a copy, without shards, over copies."""
+
+
+@pytest.mark.parametrize("sizes", EXPERTS, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_experts_lie_over_the_innermost_part_of_all_data_parallel_ranks(
+    sizes: tuple[int, ...],
+) -> None:
+    config, (_, copies, shards, ep, _) = EXPERTS[sizes], sizes
+    axes = axis_sizes(config, NUM_RANKS)
+    assert expert_axis_sizes(axes, ep) == sizes
+    for rank in some_ranks(seed=sum(sizes)):
+        own = place_at(rank, axes)
+        data = ranks_with(axes, pp=own.pp, tp=own.tp)
+        at = data.index(rank)
+        same_experts = data[at % ep :: ep]
+        with fake_mesh(config, rank=rank, world_size=NUM_RANKS) as mesh:
+            check_place(mesh, axes)
+            assert (mesh.ep_size, mesh.ep_rank) == (ep, at % ep)
+            first = at // ep * ep
+            assert dist.get_process_group_ranks(mesh.ep_group) == data[first : first + ep]
+            assert sorted(mesh.expert_fsdp_mesh.mesh.flatten().tolist()) == same_experts
+            first = same_experts.index(rank) // shards * shards
+            shard_ranks = same_experts[first : first + shards]
+            assert members(mesh.expert_fsdp_mesh, "edp_shard") == shard_ranks
+            assert mesh.expert_replicate_rank == first // shards
+            if copies > 1:
+                others = same_experts[same_experts.index(rank) % shards :: shards]
+                assert members(mesh.expert_fsdp_mesh, "edp_replicate") == others
+            is_in_copy = {place_at(each, axes).dp_replicate for each in shard_ranks}
+            assert len(is_in_copy) == 1, "experts are sharded inside one copy of the model"
 
 
 Boxes = dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]]
 
 
-def boxes_of(config: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> tuple[Boxes, int]:
-    """Offsets and shapes of a rank's parameters without padding, and how many numbers it holds."""
+def build(config: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> list[Model]:
+    """A rank's parts on the meta device."""
     stages = cut(config, parallel, sequence_length=8192)
     blueprint = Blueprint(
         config=config, spiking=None, precision=Precision.bf16, kernels=None,
         recompute=NOTHING, loss_chunk_tokens=1024,
     )  # fmt: skip
-    parts = build_parts(blueprint, own_parts(config, stages, mesh), (), parallel, mesh)
+    return build_parts(blueprint, own_parts(config, stages, mesh), (), parallel, mesh)
+
+
+def boxes_of(config: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> tuple[Boxes, int]:
+    """Offsets and shapes of a rank's parameters without padding, and how many numbers it holds."""
+    parts = build(config, parallel, mesh)
     own = RankParameters.of(parts, parameter_layouts(config), mesh)
     boxes: Boxes = {}
     for name in own:
@@ -198,3 +256,35 @@ def test_512_ranks_share_out_the_last_stage_of_the_7b() -> None:
             assert (first, tuple(rest), shape[1:]) == (end, offsets[1:], size[1:]), name
             end += shape[0]
         assert end == offsets[0] + size[0], name
+
+
+def test_512_ranks_share_out_the_experts_of_the_76b() -> None:
+    """pp 4 x dp 128, ep 8: two experts a rank, whose channels 16 ranks cut."""
+    parallel = ParallelConfig(pp=4, dp=128, ep=8, shard=Shard.parameters)
+    config = replace(SPIKINGBRAIN_7B, **{**SPIKINGBRAIN_76B, "sinks": SinkConfig()})
+    last = ranks_with((4, 1, 128, 1), pp=3)
+    name, moe = "blocks.27.ffn.experts.up_proj.weight", config.moe
+    channels = config.expert_intermediate_size // 16
+    for rank in {*last[:8], *last[3::8]}:
+        with fake_mesh(parallel, rank=rank, world_size=NUM_RANKS) as mesh:
+            found, _ = boxes_of(config, parallel, mesh)
+        ((offsets, size),) = found[name]
+        dp_rank = last.index(rank)
+        assert size == (moe.num_experts // 8, channels, config.hidden_size)
+        assert offsets == (2 * (dp_rank % 8), dp_rank // 8 * channels, 0)
+
+
+def test_what_ranks_of_the_76b_hold_is_what_is_planned() -> None:
+    """On 512 ranks of the report's layout, of every stage: parameters at rest, to the byte."""
+    parallel = ParallelConfig(pp=4, dp=128, ep=8)
+    config = replace(SPIKINGBRAIN_7B, **{**SPIKINGBRAIN_76B, "sinks": SinkConfig()})
+    job = Job(model=config, precision=Precision.bf16, length=8192, rows=512, microbatch_rows=1)
+    layout = Layout.of(parallel, NUM_RANKS)
+    for rank in range(0, NUM_RANKS, 128):
+        with fake_mesh(parallel, rank=rank, world_size=NUM_RANKS) as mesh:
+            parts = build(config, parallel, mesh)
+            shards = [local_of(each) for part in parts for each in part.parameters()]
+        given = Assignment.of(job, layout)
+        assert rank_memory(given, rank // 128).weights == sum(
+            shard.untyped_storage().nbytes() for shard in shards
+        )

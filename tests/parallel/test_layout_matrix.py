@@ -90,6 +90,7 @@ TWO: dict[str, Case] = {
     "pp2 zero bubble teacher": case(**ZERO_BUBBLE, teacher=TEACHER),
     "tp2 branches": case(tp=2, branches=LEARNED),
     "tp2 branches separate": case(tp=2, branches=SEPARATE),
+    "tp2 branches after": case(tp=2, branches=AFTER),
     "tp2 branches sequence": case(tp=2, branches=LEARNED, sequence_parallel=True),
     "tp2 branches sequence after selective": case(
         tp=2, branches=AFTER, sequence_parallel=True, selective=True
@@ -120,6 +121,9 @@ FOUR: dict[str, Case] = {
     "hsdp 2x2 parameters": case(dp_replicate=2, shard=Shard.parameters),
     "tp2 pp2": case(tp=2, pp=2),
     "tp2 pp2 sequence tied": case(tp=2, pp=2, sequence_parallel=True, tied=True),
+    "tp2 pp2 branches sequence apart": case(
+        tp=2, pp=2, branches=APART, sequence_parallel=True, rows=1
+    ),
     "tp2 dp2": case(tp=2),
     "tp2 dp2 sequence parameters": case(tp=2, sequence_parallel=True, shard=Shard.parameters),
     "pp2 dp2": case(pp=2),

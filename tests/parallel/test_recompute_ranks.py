@@ -1,4 +1,4 @@
-"""Selective recomputation changes no bit of a layout, in bfloat16 and where collectives repeat.
+"""Recomputation changes no bit of a layout, in bfloat16 and where collectives repeat.
 
 The matrix compares layouts with one process in float64; here each layout is its own oracle, so that
 bfloat16 can be compared too, whose norms and gates lie in FSDP units of their own.
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from models.expert_config import Balance, ExpertConfig
 from models.mixer_config import BranchConfig, BranchMerge, BranchNorm, BranchProjections
 from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
@@ -23,13 +24,22 @@ from tests.support.distributed import run_ranks
 STEPS = 2
 
 
+MOE = ExpertConfig(
+    num_experts=5, top_k=2, capacity_factor=1.0, balance=Balance.previous_step,
+    z_loss_coefficient=0.05,
+)  # fmt: skip
+
+
 def case(
-    precision: Precision = Precision.bf16, branches: BranchConfig | None = None, **axes: Any
+    precision: Precision = Precision.bf16,
+    branches: BranchConfig | None = None,
+    moe: ExpertConfig | None = None,
+    **axes: Any,
 ) -> Case:
     parallel = ParallelConfig(vocab_multiple=4, **axes)
     return Case(
         parallel=parallel, is_cuttable=True, microbatch_rows=2, precision=precision,
-        branches=branches,
+        branches=branches, moe=moe,
     )  # fmt: skip
 
 
@@ -53,6 +63,11 @@ CASES = {
     "pp2 tp2 branches sequence apart": case(
         branches=APART, pp=2, tp=2, sequence_parallel=True, shard=Shard.parameters
     ),
+    "dp4 parameters experts": case(moe=MOE, shard=Shard.parameters),
+    "pp2 dp2 experts": case(moe=MOE, pp=2),
+    "tp2 dp2 parameters sequence experts": case(
+        moe=MOE, tp=2, sequence_parallel=True, shard=Shard.parameters
+    ),
 }
 
 
@@ -61,18 +76,19 @@ def differences(rank: int, world_size: int) -> dict[str, list[str]]:
     results: dict[str, list[str]] = {}
     for name, each in CASES.items():
         mesh = init(CpuBackend(), each.parallel)
-        kept, again = (
-            train(build_engine(mesh, replace(each, selective=selective)), each, last=STEPS)
-            for selective in (False, True)
+        kinds = ["selective", "recompute"] if each.moe else ["selective"]
+        kept, *again = (
+            train(build_engine(mesh, replace(each, **what)), each, last=STEPS)
+            for what in ({}, *({kind: True} for kind in kinds))
         )
-        results[name] = [] if rank else compare(kept, again)
+        results[name] = [] if rank else [one for run in again for one in compare(kept, run)]
     return results
 
 
 def compare(kept: Run, again: Run) -> list[str]:
     found = [
         field
-        for field in ("losses", "norms", "statistics")
+        for field in ("losses", "norms", "statistics", "routing")
         if getattr(kept, field) != getattr(again, field)
     ]
     for field in ("gradients", "parameters"):

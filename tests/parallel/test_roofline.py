@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from models.cost import flops_per_token, mean_visible
-from models.recomputation import Recomputation
+from models.expert_config import ExpertConfig
+from models.recomputation import NOTHING, Recomputation
 from parallel.backend.cuda import table_flops
 from parallel.backend.devices import Device, DeviceName, device_facts
-from parallel.collective_bytes import Kind, Traffic, step_traffic
+from parallel.collective_bytes import step_traffic
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import rank_memory
 from parallel.roofline import EFFICIENCY, Efficiency, StepTime, _Clock, job_flops, step_time
+from parallel.traffic import Kind, Traffic
 from tests.models.test_cost import SPIKINGBRAIN_7B
 from tests.parallel.planned_runs import job_of
 
@@ -125,6 +127,62 @@ def test_a_ring_is_as_fast_as_its_slowest_link() -> None:
     assert clock.seconds(traffic) == pytest.approx(0.5 + 1.0 + 3 * 0.25)
 
 
+EXPERTS = ExpertConfig(num_experts=4, num_shared_experts=1, top_k=2, intermediate_size=64)
+
+
+def time_of_experts(device: Device = FAST, again: Recomputation = NOTHING, **moe: Any) -> StepTime:
+    model = {"ffns": "d e d e", "moe": replace(EXPERTS, **moe)}
+    return time_of(job_of(model=model, recompute=again), layout_of(), device)
+
+
+def test_experts_take_the_time_of_their_flops_and_of_rows_that_only_fill_up() -> None:
+    job = job_of(model={"ffns": "d e d e", "moe": EXPERTS})
+    tokens, one_visit = job.rows * job.length, 6 * 64 * 64
+    plain = time_of_experts()
+    assert plain.flops_per_token == job_flops(job).total
+    even = time_of_experts(capacity_factor=1.0)
+    assert even.seconds == pytest.approx(plain.seconds)
+    # Two layers, forward and twice backward, half of a token's two visits more.
+    longer = time_of_experts(capacity_factor=1.5).seconds - plain.seconds
+    assert longer == pytest.approx(2 * 3 * one_visit * tokens / 1e12)
+    assert time_of_experts(capacity_factor=1.5).flops_per_token == plain.flops_per_token
+
+
+def test_experts_that_run_again_take_their_forward_time() -> None:
+    layers, tokens, one_visit = frozenset({1, 3}), 8 * 64, 6 * 64 * 64
+    plain = time_of_experts().seconds
+    # Two visits, and two of the shared expert's three products.
+    experts = time_of_experts(again=Recomputation(experts=layers)).seconds - plain
+    assert experts == pytest.approx(2 * (2 + 2 / 3) * one_visit * tokens / 1e12)
+    whole = time_of_experts(again=Recomputation(expert_layers=layers)).seconds - plain
+    assert whole == pytest.approx(2 * 3 * one_visit * tokens / 1e12)
+
+
+def test_experts_are_read_however_few_rows_visit_them() -> None:
+    device = replace(FAST, peak_flops=lambda _: 1e30, memory_bandwidth=1e9)
+    sizes = {"intermediate_size": 4096, "num_shared_experts": 0}
+    found = [time_of_experts(device, num_experts=n, **sizes).compute for n in (4, 8)]
+    microbatches, layers, passes = 4, 2, 3
+    read = 4 * 3 * 64 * 4096 * 4 / 1e9
+    assert found[1] - found[0] == pytest.approx(microbatches * layers * passes * read, rel=0.01)
+
+
+def test_rows_of_experts_stay_within_their_part_of_dp() -> None:
+    device = replace(FAST, link_bandwidth=2e9, network_bandwidth=1e9, devices_per_node=4)
+    given = Assignment.of(job_of(), layout_of(dp_shard=8, dp_replicate=2, tp=2, ep=2))
+    clock = _Clock(given, device, PERFECT, 1e12, job_flops(job_of()))
+
+    def seconds(kind: Kind, axis: str) -> float:
+        return clock.seconds([Traffic("", kind, axis, 1, 10**9)])
+
+    # ep and tp share a node, the four shards of an expert and the two copies reach out of it.
+    assert seconds(Kind.all_to_all, "ep") == pytest.approx(1 / 2 / 2)
+    assert seconds(Kind.all_gather, "edp_shard") == pytest.approx(3 / 4)
+    assert seconds(Kind.all_reduce, "edp_replicate") == pytest.approx(2 * 1 / 2)
+    over_copies = Assignment.of(job_of(), layout_of(dp_shard=2, dp_replicate=4, ep=4)).layout
+    assert (over_copies.edp_replicate, over_copies.edp_shard) == (2, 1)
+
+
 def test_forward_passes_of_the_7b_take_what_the_report_measured() -> None:
     # SpikingBrain report, table 9: tokens a second, batch 1, forward only.
     published = {
@@ -144,6 +202,19 @@ def test_forward_passes_of_the_7b_take_what_the_report_measured() -> None:
             clock = _Clock(given, device, EFFICIENCY, peak, job_flops(job))
             forward, _, _ = clock._computing(given.stage_bytes[0])
             assert length / forward == pytest.approx(rate, rel=0.05)
+
+
+def test_branches_take_the_time_of_both_kernels() -> None:
+    job = job_of(model={"mixers": "L+S F+L S _"})
+    given, flops = Assignment.of(job, layout_of()), job_flops(job)
+
+    def forward(efficiency: Efficiency) -> float:
+        return _Clock(given, FAST, efficiency, 1e12, flops)._computing(given.stage_bytes[0])[0]
+
+    tokens, perfect = given.work.tokens, forward(PERFECT)
+    for kernel in ("softmax", "linear"):
+        slower = forward(replace(PERFECT, **{kernel: 0.5})) - perfect
+        assert slower == pytest.approx(tokens * sum(getattr(flops, kernel)) / 3 / 1e12, rel=1e-6)
 
 
 def test_a_precision_without_a_peak_has_no_time() -> None:

@@ -31,6 +31,7 @@ SGD = {"name": "sgd"}
         ({"parallel": {"pp": 2, "tp": 2, "schedule": "gpipe", "vocab_multiple": 4}}, []),
         ({"parallel": {"pp": 2, "schedule": "zero_bubble", "shard": "gradients"}}, []),
         ({"parallel": {"pp": 2, "stage_layers": [1, 3]}}, []),
+        ({"parallel": {"ep": 2}}, ["parallel.ep (2) has no effect for model.ffns d*4."]),
         (
             {"parallel": {"schedule": "gpipe", "stage_layers": [4]}},
             ["parallel.schedule (gpipe) has no effect for parallel.pp 1.",
@@ -55,6 +56,20 @@ SGD = {"name": "sgd"}
             ["distill.temperature (3.0) has no effect for distill.kl 0."],
         ),
         ({"training": TAUGHT, "distill": {"temperature": 3.0, "kl": 1.0}}, []),
+        (
+            {"model": {"moe": {"top_k": 2, "balance": "none"}}},
+            ["model.moe.top_k (2) has no effect for model.ffns d*2.",
+             "model.moe.balance (none) has no effect for model.ffns d*2."],
+        ),
+        (
+            {"model": {"ffns": "e*2", "moe": {"balance_coefficient": 0.1, "balance": "bias"}}},
+            ["model.moe.balance_coefficient (0.1) has no effect for model.moe.balance bias."],
+        ),
+        (
+            {"model": {"ffns": "e*2", "moe": {"bias_update_rate": 0.1, "top_k": 2}}},
+            ["model.moe.bias_update_rate (0.1) has no effect for model.moe.balance row."],
+        ),
+        ({"model": {"ffns": "e*2", "moe": {"balance_coefficient": 0.1, "top_k": 2}}}, []),
         ({"optimizer": {"beta1": 0.8, "eps": 1e-6}}, []),
         ({"optimizer": {**SGD, "weight_decay": 0.2}}, []),
         (

@@ -13,6 +13,7 @@ from training.layout import check_layout
 from training.stages import build_plan
 
 FOUR_LAYERS = {"mixers": "L S F L", "ffns": "d*4"}
+SIX_EXPERTS = {"num_experts": 6}
 
 
 def config_with(**changes: Any) -> RunConfig:
@@ -36,6 +37,10 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
         {"parallel": {"tp": 2}, "model": {**FOUR_LAYERS, "intermediate_size": 25}}, 1,
         r"parallel\.tp \(2\) must divide model\.intermediate_size: got 25\. The largest valid tp "
         r"below it is 1;",
+    ),
+    (
+        {"parallel": {"ep": 4}, "model": {**FOUR_LAYERS, "ffns": "d*3 e", "moe": SIX_EXPERTS}}, 4,
+        r"parallel\.ep \(4\) must divide model\.moe\.num_experts: got 6\. Set it to 3 or 6, or",
     ),
     (
         {

@@ -217,6 +217,7 @@ def test_missing_trained_length_is_written_out() -> None:
             r"model.linear.feature_map \(sigmoid\) must be relu in the gla_swa format",
         ),
         (dataclasses.replace(HYBRID, mixers="L S+L S"), Format.gla_swa, "must be only L and S"),
+        (plain(sinks=SinkConfig(num_tokens=2)), Format.qwen2, r"sinks.num_tokens \(2\) must be 0"),
         (plain(ffns="d d e"), Format.qwen2, r"model.ffns \(d d e\) must be only d"),
         (plain(qkv_bias=False), Format.qwen2, r"qkv_bias \(False\) must be true in the qwen2"),
         (plain(output_bias=True), Format.qwen2, r"output_bias \(True\) must be false"),
@@ -240,10 +241,15 @@ def test_what_a_format_cannot_say_is_refused(
         check_format(config, format)
 
 
-def test_a_model_that_fits_nowhere_is_refused_with_all_reasons() -> None:
-    config = dataclasses.replace(HYBRID, mixers="L F S")
-    with pytest.raises(ValueError, match="one export format: gla_swa needs only L and S.*mistral"):
-        choose_format(config)
+@pytest.mark.parametrize("preferred", [None, Format.qwen2])
+def test_a_model_that_fits_no_public_format_is_exported_in_our_own(
+    preferred: Format | None,
+) -> None:
+    for changes in ({"mixers": "L F S"}, {"sinks": SinkConfig(num_tokens=2)}):
+        config = dataclasses.replace(HYBRID, **changes)
+        assert choose_format(config, preferred) is Format.synfire
+    assert choose_format(HYBRID, preferred) is Format.gla_swa
+    assert choose_format(HYBRID, Format.synfire) is Format.synfire
 
 
 def test_spiking_is_noted_and_read_over(tmp_path: Path) -> None:
