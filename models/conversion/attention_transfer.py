@@ -1,8 +1,8 @@
-"""What sample text teaches the new parameters of `L` layers, layer by layer on the source's stream.
+"""What sample text teaches new mixers (`L`, `X+Y`), layer by layer on the source's stream.
 
-Calibrates head norms, centres key biases, and optionally aligns: trains only gates and head norm so
-that the linear mixer's output matches the softmax mixer's on the source's own hidden states. Holds
-one layer at a time. Shape letters: T tokens, N query heads, G key-value heads, H head dim.
+Calibrates norms, centres key biases, and optionally aligns: trains only new parameters so that the
+mixer's output matches the softmax mixer's on the source's own hidden states. Holds one layer at a
+time. Shape letters: T tokens, N query heads, G key-value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from torch import Tensor
 from models.block import Block
 from models.config import ModelConfig
 from models.conversion.block_stream import BlockStream, SampleRows, advance
+from models.conversion.branch_norms import fit_branch_norms
 from models.conversion.convert import plan_conversion
 from models.conversion.huggingface import TensorSource
 from models.conversion.new_parameters import ConversionOptions, KeyBias, NormInit
-from models.conversion.source_checks import becomes_linear
+from models.conversion.source_checks import becomes_new, linear_key_bias
 from models.conversion.source_config import read_config
-from models.conversion.weight_map import HEAD_NORM, KEY_BIAS, mixer_name
+from models.conversion.weight_map import HEAD_NORM, mixer_name
+from models.layer_pattern import MixerKind
 from models.layouts import is_new_parameter
 from models.mixer import Mixer
+from models.mixer_config import BranchNorm, BranchProjections
 from models.sequence import SequenceContext
 
 logger = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ def fit_new_parameters(  # noqa: PLR0913 - source, target, options and the two t
     alignment: tuple[AlignmentOptions, SampleRows] | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
-    """Walk the source's blocks once and fit the layers that become `L`.
+    """Walk the source's blocks once and fit the layers that get new mixers.
 
     Args:
         source: the checkpoint.
@@ -87,12 +90,15 @@ def fit_new_parameters(  # noqa: PLR0913 - source, target, options and the two t
     walks = [_Walk(stream, sample)]
     if alignment is not None:
         walks.append(_Walk(stream, alignment[1]))
-    for layer, turns in enumerate(becomes_linear(config, target)):
+    for layer, is_new in enumerate(becomes_new(config, target)):
         block = stream.block(layer)
-        if turns:
-            _measure(block, walks[0], layer, options, fitted)
-            if alignment is not None:
+        if is_new:
+            _measure(block, walks[0], layer, options, target, fitted)
+            student = _student(source, target, options, fitted, layer)
+            if len(student.branches) > 1 and options.norm_init is NormInit.calibrated:
+                _merge(block, student, walks[0], layer, target, fitted)
                 student = _student(source, target, options, fitted, layer)
+            if alignment is not None:
                 _align(block, student, walks, layer, alignment[0], fitted)
         for walk in walks:
             advance(block, walk.hidden, walk.sequences)
@@ -105,8 +111,18 @@ def check_key_bias(target: ModelConfig, options: ConversionOptions) -> None:
     """Refuse what cannot be centred; warn where the option has no effect.
 
     Raises:
-        ValueError: `centre` without a key bias, or with a norm behind it.
+        ValueError: `centre` without a key bias, or with a norm behind it; a bias that another
+            branch reads too.
     """
+    is_shared = target.branches.projections is BranchProjections.shared and any(
+        len(mixers) > 1 and MixerKind.linear in mixers for mixers in target.layers.mixers
+    )
+    if options.key_bias is not KeyBias.keep and target.qkv_bias and is_shared:
+        raise ValueError(
+            f"linear.key_bias ({options.key_bias.value}) must be keep where parallel branches "
+            "share projections: the softmax branch reads the same bias. Set "
+            "model.branches.projections=separate, or keep."
+        )
     if options.key_bias is KeyBias.centre and (not target.qkv_bias or target.qk_norm):
         missing = "a k/v/q bias" if not target.qkv_bias else "no q/k norm behind it"
         raise ValueError(f"linear.key_bias (centre) must have a model with {missing}. Use keep.")
@@ -120,6 +136,7 @@ class _Walk:
     def __init__(self, stream: BlockStream, rows: SampleRows) -> None:
         self.sequences = rows.sequences()
         self.hidden = stream.embed(rows)
+        self.num_tokens = rows.num_tokens
 
     def inputs(self, block: Block) -> Iterator[tuple[Tensor, SequenceContext]]:
         """What the block's mixer reads, row by row."""
@@ -129,30 +146,60 @@ class _Walk:
 
 
 @torch.no_grad()
-def _measure(
-    block: Block, walk: _Walk, layer: int, options: ConversionOptions, fitted: Fitted
+def _measure(  # noqa: PLR0913 - one layer with its text, what to fit and where it goes
+    block: Block,
+    walk: _Walk,
+    layer: int,
+    options: ConversionOptions,
+    target: ModelConfig,
+    fitted: Fitted,
 ) -> None:
     """RMS of the softmax mixer's head outputs per channel [H]; mean of W_k x [G * H]."""
     mixer = block.mixer
     assert mixer is not None
     (branch,) = mixer.branches
     k_proj = branch.projections.k_proj
+    mixers = target.layers.mixers[layer]
+    # Where branches meet before the output projection, head norms are fitted together.
+    meets_later = len(mixers) == 1 or target.branches.norm is BranchNorm.after_output
+    needs_rms = options.norm_init is NormInit.calibrated and (
+        MixerKind.linear in mixers and meets_later
+    )
+    key_bias = linear_key_bias(target, layer)
+    is_centred = options.key_bias is KeyBias.centre and key_bias is not None
     squares: Tensor | float = 0.0
     keys: Tensor | float = 0.0
-    num_tokens = sum(hidden.shape[1] for hidden in walk.hidden)
     for x, sequence in walk.inputs(block):
-        if options.norm_init is NormInit.calibrated:
+        if needs_rms:
             (heads,) = mixer.attend(x, sequence)
             squares = squares + heads.square().mean(dim=2).sum(dim=(0, 1))
-        if options.key_bias is KeyBias.centre:
+        if is_centred:
             keys = keys + (k_proj(x) - k_proj.bias).sum(dim=(0, 1))
-    if options.norm_init is NormInit.calibrated:
+    num_tokens = walk.num_tokens
+    if needs_rms:
         rms = torch.as_tensor(squares / num_tokens).sqrt()
         note = f"RMS of the source's attention output per channel on {num_tokens} tokens"
-        fitted.values[mixer_name(layer, HEAD_NORM)] = (rms, note)
-    if options.key_bias is KeyBias.centre:
+        home = f"{MixerKind.linear.name}." if len(mixers) > 1 else ""
+        fitted.values[mixer_name(layer, home + HEAD_NORM)] = (rms, note)
+    if is_centred and key_bias is not None:
         note = f"minus the mean of W_k x on {num_tokens} tokens (key_bias=centre)"
-        fitted.values[mixer_name(layer, KEY_BIAS)] = (-torch.as_tensor(keys / num_tokens), note)
+        fitted.values[key_bias] = (-torch.as_tensor(keys / num_tokens), note)
+
+
+def _merge(  # noqa: PLR0913 - one layer with both mixers, its text and where it goes
+    block: Block,
+    student: Mixer,
+    walk: _Walk,
+    layer: int,
+    target: ModelConfig,
+    fitted: Fitted,
+) -> None:
+    """Norms with which parallel branches come closest to the source's mixer."""
+    assert block.mixer is not None
+    note = f"least squares against the source's attention output on {walk.num_tokens} tokens"
+    weights = fit_branch_norms(block.mixer, student, walk.inputs(block), target)
+    for name, weight in weights.items():
+        fitted.values[mixer_name(layer, name)] = (weight, note)
 
 
 def _student(
@@ -185,7 +232,7 @@ def _align(  # noqa: PLR0913 - one layer with its teacher, texts and options
     before = _relative_error(teacher, student, walks[0])
     _train(teacher, student, walks[1], options)
     after = _relative_error(teacher, student, walks[0])
-    num_tokens = sum(hidden.shape[1] for hidden in walks[1].hidden) * options.epochs
+    num_tokens = walks[1].num_tokens * options.epochs
     is_better = after < before
     fitted.alignment.append(
         {"layer": layer, "tokens": num_tokens, "before": before, "after": after, "kept": is_better}

@@ -7,10 +7,10 @@ import logging
 from models.config import ModelConfig
 from models.conversion.config_keys import Format
 from models.conversion.huggingface import TensorSource
-from models.conversion.weight_map import IGNORED_SOURCE, theirs
-from models.layer_pattern import MixerKind
+from models.conversion.weight_map import IGNORED_SOURCE, KEY_BIAS, mixer_name, theirs
+from models.layer_pattern import FfnKind, MixerKind, Mixers
 from models.layouts import parameter_layouts
-from models.mixer_config import FeatureMap, GateKind
+from models.mixer_config import BranchProjections
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +27,23 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
     Raises:
         ValueError: naming the key and both values.
     """
-    _refuse_unconverted(target)
     for key in _SAME:
         ours, theirs_value = getattr(target, key), getattr(source, key)
         if ours != theirs_value:
             raise ValueError(
                 f"model.{key} ({ours}) must equal the source's: got {theirs_value}. "
-                "Choose the model= that was made for this source, or change only mixers."
+                "Choose the model= that was made for this source, or change only patterns."
             )
     if target.tie_word_embeddings and not source.tie_word_embeddings:
         raise ValueError(
             "model.tie_word_embeddings (true) must be false: the source has its own output head."
         )
+    _check_mixers(source, target)
+    _check_ffns(source, target)
+
+
+def _check_mixers(source: ModelConfig, target: ModelConfig) -> None:
+    """Refuse to make anything else of layers that are no Transformer's."""
     has_linear = any(MixerKind.linear in layer for layer in source.layers.mixers)
     if has_linear and source.linear != target.linear:
         raise ValueError(
@@ -47,29 +52,39 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
         )
     pairs = zip(source.layers.mixers, target.layers.mixers, strict=True)
     for index, (before, after) in enumerate(pairs):
-        if before == (MixerKind.linear,) and after != before and after:
+        is_transformers = len(before) == 1 and MixerKind.linear not in before
+        if not is_transformers and after not in (before, ()):
             raise ValueError(
-                f"mixers ({target.mixers}) layer {index} must stay L as in the source: "
-                f"got {after[0].value}. Its gates and head norm have no place in another mixer."
+                f"mixers ({target.mixers}) layer {index} must stay {_symbol(before)} as in the "
+                f"source: got {_symbol(after)}. Its gates and norms have no place in another mixer."
             )
 
 
-def _refuse_unconverted(target: ModelConfig) -> None:
-    """Refuse mixers that models here have, but that no conversion makes yet."""
-    for mixers in target.layers.mixers:
-        if len(mixers) > 1:
-            symbol = "+".join(kind.value for kind in mixers)
+def _check_ffns(source: ModelConfig, target: ModelConfig) -> None:
+    """Refuse experts that are not copies of the source's dense FFN."""
+    experts = FfnKind.mixture_of_experts
+    pairs = zip(source.layers.ffns, target.layers.ffns, strict=True)
+    for index, (before, after) in enumerate(pairs):
+        if before is experts and (after is not experts or source.moe != target.moe):
             raise ValueError(
-                f"mixers ({target.mixers}) must have one mixer a layer in a conversion: got "
-                f"{symbol}. Use F, S, L or _."
+                f"ffns ({target.ffns}) layer {index} must stay e with the source's model.moe: "
+                "there is no dense FFN in the source to make it of."
             )
-    for name, default in (("gate", GateKind.low_rank), ("feature_map", FeatureMap.relu)):
-        value = getattr(target.linear, name)
-        if value is not default:
-            raise ValueError(
-                f"model.linear.{name} ({value.value}) must be {default.value} in a conversion. "
-                "Train such a model from its start."
-            )
+        if before is not experts and after is experts:
+            _check_expert_size(source, target, index)
+
+
+def _check_expert_size(source: ModelConfig, target: ModelConfig, layer: int) -> None:
+    if target.expert_intermediate_size != source.intermediate_size:
+        raise ValueError(
+            f"model.moe.intermediate_size ({target.expert_intermediate_size}) must be that of the "
+            f"dense FFN of which layer {layer} is made: got {source.intermediate_size} in the "
+            "source. Set it to null."
+        )
+
+
+def _symbol(mixers: Mixers) -> str:
+    return "+".join(kind.value for kind in mixers) or "_"
 
 
 def warn_of_changes(source: ModelConfig, target: ModelConfig) -> None:
@@ -127,7 +142,31 @@ def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def becomes_linear(source: ModelConfig, target: ModelConfig) -> list[bool]:
-    """Per layer: whether it turns from softmax attention into `L`."""
+def becomes_new(source: ModelConfig, target: ModelConfig) -> list[bool]:
+    """Per layer: whether it turns from softmax attention into `L` or parallel branches."""
     pairs = zip(source.layers.mixers, target.layers.mixers, strict=True)
-    return [after == (MixerKind.linear,) and before != after for before, after in pairs]
+    return [
+        before != after and (len(after) > 1 or MixerKind.linear in after) for before, after in pairs
+    ]
+
+
+def linear_key_bias(target: ModelConfig, layer: int) -> str | None:
+    """The key bias that a layer's linear mixer reads, alone or as a branch, and no other does."""
+    mixers = target.layers.mixers[layer]
+    if MixerKind.linear not in mixers:
+        return None
+    if len(mixers) == 1:
+        return mixer_name(layer, KEY_BIAS)
+    if target.branches.projections is BranchProjections.shared:
+        return None
+    return mixer_name(layer, f"{MixerKind.linear.name}.{KEY_BIAS}")
+
+
+def upcycled(source: ModelConfig, target: ModelConfig) -> list[int]:
+    """Layers whose dense FFN becomes experts."""
+    pairs = zip(source.layers.ffns, target.layers.ffns, strict=True)
+    return [
+        layer
+        for layer, (before, after) in enumerate(pairs)
+        if before is FfnKind.dense and after is FfnKind.mixture_of_experts
+    ]
