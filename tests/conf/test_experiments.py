@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 from launch.compose import load_config
 from launch.schema import CONF
-from models.cost import parameter_count
+from models.cost import active_parameter_count, parameter_count
+from models.layer_pattern import FfnKind, MixerKind
+from models.mixer_config import BranchConfig, BranchProjections
 from models.model import Model
 from training.config import RunConfig
 
@@ -58,6 +61,25 @@ def test_smoke_has_the_sizes_that_scripts_rely_on() -> None:
 def test_the_7b_preset_counts_what_the_report_gives() -> None:
     config = load("model=spikingbrain_7b")
     assert parameter_count(config.model) == 7_616_542_976
+
+
+def test_the_76b_preset_counts_what_the_report_gives() -> None:
+    model = load("model=spikingbrain_76b").model
+    assert round(parameter_count(model) / 1e9, 2) == 76.06
+    assert round(active_parameter_count(model) / 1e9, 2) == 11.89
+    separate = BranchConfig(projections=BranchProjections.separate)
+    model = dataclasses.replace(model, branches=separate)
+    assert round(parameter_count(model) / 1e9, 2) == 76.88
+    assert round(active_parameter_count(model) / 1e9, 2) == 12.72
+    letters = ["+".join(kind.value for kind in layer) for layer in model.layers.mixers]
+    assert [layer for layer, word in enumerate(letters, start=1) if word == "L+F"] == [
+        7,
+        14,
+        21,
+        28,
+    ]
+    dense = [n for n, ffn in enumerate(model.layers.ffns, start=1) if ffn is FfnKind.dense]
+    assert dense == [1, 2, 3, 5, 7, 9, 11]
 
 
 def test_conf_is_yaml_only() -> None:
