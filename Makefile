@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 QUICKSTART ?= full
+MODEL ?= hybrid
 # Files of tests beside each other; half of the tests have ranks of their own, so two fill 2 cores.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
@@ -21,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 quickstart: setup
-	$(BIN)/python -m launch.quickstart size=$(QUICKSTART)
+	$(BIN)/python -m launch.quickstart size=$(QUICKSTART) model=$(MODEL)
 
 lint: setup
 	$(BIN)/ruff check .

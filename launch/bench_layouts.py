@@ -14,11 +14,12 @@ import torch
 
 from launch.bench_engine import STAGE, EngineRun, run_config
 from launch.bench_rows import ExactRow, Row, Setting, compare
-from parallel.collective_bytes import Kind, step_traffic
+from parallel.collective_bytes import step_traffic
 from parallel.collective_count import CollectiveCount
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
 from parallel.mesh import Mesh, close, first_alone, init
 from parallel.planned import Assignment, Layout
+from parallel.traffic import Kind
 from training.config import RunConfig
 from training.planned_job import planned_job
 

@@ -1,19 +1,21 @@
 """Which layouts of so many devices are fastest, and why the others cannot be: the auto-tuner.
 
 Tries every split of the devices into pipeline, tensor and data parallelism with the schedules,
-shard levels, recomputations and microbatches that go with it; a run's own checks refuse.
+shard levels, recomputations and microbatches that go with it, and every cut of a model's experts; a
+run's own checks refuse.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 
 from launch.plan_run import PlannedRun, plan_run
+from models.layer_pattern import FfnKind
 from parallel.backend.devices import Device
 from parallel.config import ParallelConfig, PipelineSchedule, Recompute, Shard
 from training.config import RunConfig, TrainingConfig
@@ -76,7 +78,7 @@ def search(config: RunConfig, device: Device, num_devices: int, top: int) -> Fou
     fitting: list[PlannedRun] = []
     refused = Refusals()
     tried = 0
-    for parallel, recompute, rows in candidates(device, num_devices):
+    for parallel, recompute, rows in candidates(device, num_devices, _expert_parts(config)):
         tried += 1
         try:
             changed = _changed(config, parallel(), recompute, rows)
@@ -94,26 +96,37 @@ def search(config: RunConfig, device: Device, num_devices: int, top: int) -> Fou
 
 
 def candidates(
-    device: Device, num_devices: int
+    device: Device, num_devices: int, expert_parts: Sequence[int] = (1,)
 ) -> Iterator[tuple[Callable[[], ParallelConfig], Recompute, int]]:
     """Layouts to try: how to make the parallel config, which may refuse, and the rest.
 
     Tensor parallelism stays within a node and comes with sequence parallelism. In a pipeline the
     shard level saves optimizer memory only, so that one is enough. Where the shards of parameters
-    would reach over several nodes, copies of them that stay within one are tried too.
+    would reach over several nodes, copies of them that stay within one are tried too. Experts are
+    cut into each of `expert_parts` that there are data-parallel ranks for.
     """
     for tp in _divisors(num_devices):
         for pp in _divisors(num_devices // tp) if tp <= device.devices_per_node else ():
             shards = max(1, device.devices_per_node // tp)
-            copies, rest = divmod(num_devices // (tp * pp), shards)
-            for dp_replicate in [1] if rest or copies < 2 else [1, copies]:
-                for schedule, shard in ALONE if pp == 1 else PIPELINED:
-                    make = partial(
-                        ParallelConfig, pp=pp, tp=tp, sequence_parallel=tp > 1,
-                        schedule=schedule, shard=shard, dp_replicate=dp_replicate,
-                    )  # fmt: skip
-                    for recompute, rows in product(RECOMPUTE, MICROBATCH_ROWS):
-                        yield make, recompute, rows
+            dp = num_devices // (tp * pp)
+            copies, rest = divmod(dp, shards)
+            for dp_replicate, ep, (schedule, shard) in product(
+                [1] if rest or copies < 2 else [1, copies],
+                [parts for parts in expert_parts if parts <= dp],
+                ALONE if pp == 1 else PIPELINED,
+            ):
+                make = partial(
+                    ParallelConfig, pp=pp, tp=tp, ep=ep, sequence_parallel=tp > 1,
+                    schedule=schedule, shard=shard, dp_replicate=dp_replicate,
+                )  # fmt: skip
+                for recompute, rows in product(RECOMPUTE, MICROBATCH_ROWS):
+                    yield make, recompute, rows
+
+
+def _expert_parts(config: RunConfig) -> list[int]:
+    """Into how many equal parts the model's experts can be cut."""
+    has_experts = FfnKind.mixture_of_experts in config.model.layers.ffns
+    return _divisors(config.model.moe.num_experts) if has_experts else [1]
 
 
 def replaced_keys(config: RunConfig) -> list[str]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from parallel.backend.devices import Device
-from parallel.collective_bytes import Traffic, step_traffic
+from parallel.collective_bytes import step_traffic
 from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import RankMemory, rank_memory
 from parallel.roofline import StepTime, step_time
+from parallel.traffic import Traffic
 
 USABLE_MEMORY = 0.9
 """Share of a device's memory that a step may take: its driver, the collectives' own buffers and

@@ -10,9 +10,9 @@ from launch.plan_stage import PlannedStage
 from models.config import NeuronKind
 from models.cost import parameter_count
 from parallel.backend.devices import Device
-from parallel.collective_bytes import Traffic
 from parallel.config import Recompute
 from parallel.roofline import EFFICIENCY
+from parallel.traffic import Traffic
 from training.config import RunConfig
 from training.layout_table import Row, aligned, rank_table
 from training.planned_job import left_out, planned_kernels
@@ -166,7 +166,10 @@ def _time(planned: PlannedStage) -> Iterator[str]:
 
 def _recompute(planned: PlannedStage) -> str:
     named = planned.job.recompute
-    parts = {"norms": named.norms, "activations": named.activations, "mixers": named.mixers}
+    parts = {
+        "norms": named.norms, "activations": named.activations, "mixers": named.mixers,
+        "experts": named.experts, "expert layers": named.expert_layers,
+    }  # fmt: skip
     inside = [name for name, layers in parts.items() if layers]
     if inside:
         return f"{Recompute.selective.value} ({', '.join(inside)})"

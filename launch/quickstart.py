@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.compose import command
-from launch.quickstart_plan import VARIANTS, Part, QuickstartConfig, plan_parts
+from launch.quickstart_plan import MOE_VARIANTS, VARIANTS, Part, QuickstartConfig, plan_parts
 from launch.quickstart_record import Record, code_stamp
 from parallel.backend.cpu import CpuBackend
 from training.health import STOPPED
@@ -120,20 +120,24 @@ def _threads(part: Part) -> str:
 
 
 def write_summary(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """Collect the evaluations and the continued run's last rows into `summary.json`."""
-    results = {
-        name: json.loads((out / "evaluations" / f"{name}.json").read_text()) for name in VARIANTS
-    }
+    """Collect the evaluations and the continued runs' last rows into `summary.json`."""
+    results = {}
+    for name in (*VARIANTS, *MOE_VARIANTS):
+        path = out / "evaluations" / f"{name}.json"
+        if name in VARIANTS or path.exists():
+            results[name] = json.loads(path.read_text())
     rows = [json.loads(line) for line in (out / "continue" / "metrics.jsonl").open()]
     summary = {
-        "perplexity": {name: results[name]["perplexity"] for name in VARIANTS},
+        "perplexity": {name: result["perplexity"] for name, result in results.items()},
         "perplexity_beyond_window": {
-            name: results[name]["perplexity_beyond_window"] for name in VARIANTS
+            name: result["perplexity_beyond_window"] for name, result in results.items()
         },
         "sparsity": results["spiked"]["sparsity"],
         "tokens_per_second": sorted(row["tokens_per_second"] for row in rows)[len(rows) // 2],
         "tokens": {
-            name: _tokens(out / name) for name in ("base", "control", "continue", "scratch")
+            name: _tokens(out / name)
+            for name in ("base", "control", "continue", "scratch", "moe_continue")
+            if (out / name).is_dir()
         },
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
     }
@@ -155,7 +159,12 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         ("continued <= 0.85 x scratch", p["continued"] / p["scratch"], 0.85),
         ("spiked <= 1.01 x continued", p["spiked"] / p["continued"], 1.01),
     ]
-    lines = ["perplexity: " + "  ".join(f"{name} {p[name]:.2f}" for name in VARIANTS)]
+    if "moe_continued" in p:
+        checks += [
+            ("moe_continued <= 1.10 x control", p["moe_continued"] / p["control"], 1.10),
+            ("moe_spiked <= 1.01 x moe_continued", p["moe_spiked"] / p["moe_continued"], 1.01),
+        ]
+    lines = ["perplexity: " + "  ".join(f"{name} {value:.2f}" for name, value in p.items())]
     for rule, ratio, limit in checks:
         word = "met" if math.isfinite(ratio) and ratio <= limit else "MISSED"
         lines.append(f"{rule}: {ratio:.3f} {word}")

@@ -21,12 +21,20 @@ class Size(Enum):
     ci = "ci"
 
 
+class Target(Enum):
+    """What the base becomes: a hybrid, or besides it one with parallel branches and experts."""
+
+    hybrid = "hybrid"
+    moe = "moe"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuickstartConfig:
     """Where it goes, how long it trains, on what.
 
     `out` null: a folder of its own for each size. `num_processes` null: two, or one where there is
-    one device. With `teacher` the continuation also learns from the base that was converted.
+    one device. With `teacher` the continuation also learns from the base that was converted. With
+    `model=moe` the base is converted to `spikingbrain_nano_moe` too, and that one trained on.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -36,6 +44,7 @@ class QuickstartConfig:
     num_processes: int | None = None
     backend: BackendName = BackendName.auto
     teacher: bool = False
+    model: Target = Target.hybrid
 
     def __post_init__(self) -> None:
         if self.num_processes is not None and self.num_processes < 1:
@@ -68,7 +77,21 @@ class Part:
         return [*python, "-m", f"launch.{self.module}", *self.arguments]
 
 
-VARIANTS = ("base", "control", "scratch", "converted", "continued", "spiked")
+Evaluations = dict[str, tuple[str, str]]
+"""A variant's checkpoint and the spikes that it is evaluated with."""
+VARIANTS: Evaluations = {
+    "base": ("base_hf", "off"),
+    "control": ("control", "off"),
+    "scratch": ("scratch", "off"),
+    "converted": ("converted", "off"),
+    "continued": ("continue", "off"),
+    "spiked": ("continue", "adaptive"),
+}
+MOE_VARIANTS: Evaluations = {
+    "moe_converted": ("moe_converted", "off"),
+    "moe_continued": ("moe_continue", "off"),
+    "moe_spiked": ("moe_continue", "adaptive"),
+}
 WINDOW_TOKENS = 64
 KL = 0.3
 """Weight of the divergence from the teacher, where there is one (LOG.md)."""
@@ -108,7 +131,8 @@ def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
     learned = (f"training.teacher={base_hf}", f"distill.kl={KL}") if config.teacher else ()
     yield train("continue", "quickstart_continue", 60, converted, *half, *learned)
     yield train("scratch", "quickstart_scratch", 59, *half)
-    yield from _evaluations(out, backend, rows=4 if ci else 64)
+    rows = 4 if ci else 64
+    yield from _evaluations(VARIANTS, out, backend, rows=rows)
     exported = (f"checkpoint={out / 'continue'}", f"out={out / 'gla_swa'}", "format=gla_swa")
     yield Part("export", "export", exported, 4, out / "gla_swa")
     yield Part(
@@ -117,6 +141,18 @@ def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
          backend),
         3,
     )  # fmt: skip
+    if config.model is Target.moe:
+        upcycled = out / "moe_converted"
+        yield Part(
+            "moe_convert", "convert",
+            (f"source={base_hf}", f"out={upcycled}", "model=spikingbrain_nano_moe",
+             f"text={prepared}"),
+            12, upcycled,
+        )  # fmt: skip
+        yield train(
+            "moe_continue", "spikingbrain_nano_moe", 150, f"init.checkpoint={upcycled}", *half
+        )
+        yield from _evaluations(MOE_VARIANTS, out, backend, rows=rows)
     yield Part(
         "report", "report",
         (f"run_dir={out / 'continue'}", f"out={out / 'report.html'}",
@@ -125,15 +161,9 @@ def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
     )  # fmt: skip
 
 
-def _evaluations(out: Path, backend: str, *, rows: int) -> Iterator[Part]:
-    """The same held-out rows through all six models."""
-    sources = {
-        "base": ("base_hf", "off"), "control": ("control", "off"), "scratch": ("scratch", "off"),
-        "converted": ("converted", "off"), "continued": ("continue", "off"),
-        "spiked": ("continue", "adaptive"),
-    }  # fmt: skip
-    for name in VARIANTS:
-        folder, spiking = sources[name]
+def _evaluations(variants: Evaluations, out: Path, backend: str, *, rows: int) -> Iterator[Part]:
+    """The same held-out rows through all models."""
+    for name, (folder, spiking) in variants.items():
         result = out / "evaluations" / f"{name}.json"
         arguments = (
             f"checkpoint={out / folder}", f"data.path={out / 'data'}", f"rows={rows}",

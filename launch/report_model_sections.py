@@ -17,6 +17,11 @@ VARIANTS = {
     "continued": "hybrid, trained on, spikes off",
     "spiked": "hybrid, trained on, spikes on",
 }
+MOE_VARIANTS = {
+    "moe_converted": "branches and experts, freshly converted",
+    "moe_continued": "branches and experts, trained on, spikes off",
+    "moe_spiked": "branches and experts, trained on, spikes on",
+}
 
 
 def comparison(inputs: ReportInputs) -> str:
@@ -31,7 +36,7 @@ def comparison(inputs: ReportInputs) -> str:
         value = perplexity.get(name)
         rows.append(
             (
-                name, VARIANTS.get(name, ""), _fixed(value, 2),
+                name, {**VARIANTS, **MOE_VARIANTS}.get(name, ""), _fixed(value, 2),
                 _ratio(value, perplexity.get("base")), _ratio(value, perplexity.get("control")),
                 _fixed(beyond.get(name), 2), _ratio(beyond.get(name), beyond.get("control")),
             )

@@ -18,6 +18,24 @@ def attach(value: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
     return out
 
 
+def answer(value: Tensor, *others: Tensor) -> Tensor:
+    """The value itself; its backward pass gives the others zeros, if nothing else does."""
+    out: Tensor = value if not others else _Answer.apply(value, *others)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Answer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
+        ctx.metas = [(x.shape, x.dtype, x.device) for x in others]
+        return value.view_as(value) if value.dim() else value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        zeros = [torch.zeros(s, dtype=d, device=where) for s, d, where in ctx.metas]
+        return grads[0], *zeros
+
+
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, loss: Tensor, scale: float) -> Tensor:

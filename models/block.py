@@ -1,6 +1,7 @@
 """One pre-norm residual block: a mixer (or none), then a feed-forward layer.
 
-Shape letters: B batch, T tokens, D hidden.
+Sinks, where a model has them, go the same way beside the tokens. Shape letters: B batch, T tokens,
+S sinks, D hidden.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from models.layers import Parts
 from models.mixer import Mixer, MixerState
 from models.mixture_of_experts import MixtureOfExperts
 from models.norm import RMSNorm
-from models.recompute import recomputed
+from models.recompute import recomputed, unobserved
 from models.routing import Routing
 from models.sequence import SequenceContext
 from models.spiking.neurons import Spikes
@@ -46,17 +47,34 @@ class Block(nn.Module):
         sequence: SequenceContext,
         spikes: Spikes | None = None,
         routing: Routing | None = None,
-    ) -> Tensor:
-        """Map the residual stream `[B, T, D]` to the next; expert layers train with a `routing`."""
+        sinks: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Map the residual stream `[B, T, D]` to the next; expert layers train with a `routing`.
+
+        With the stream of `sinks` `[1, S, D]` both.
+        """
         if self.mixer is not None and self.mixer_norm is not None:
             with recomputed(self.mixer_norm, x, when=self._norms_again) as normed:
-                x = x + self.mixer(normed, sequence, spikes)
+                if sinks is None:
+                    x = x + self.mixer(normed, sequence, spikes)
+                else:
+                    sinks_normed = unobserved(self.mixer_norm)(sinks)
+                    mixed, sinks_mixed = self.mixer(normed, sequence, spikes, sinks_normed)
+                    x, sinks = x + mixed, _add(sinks, sinks_mixed)
         with recomputed(self.ffn_norm, x, when=self._norms_again) as normed:
             if isinstance(self.ffn, SwiGLU):
                 out: Tensor = x + self.ffn(normed, spikes)
             else:
                 out = x + self.ffn(normed, sequence.positions, spikes, routing)
-        return out
+        return out if sinks is None else (out, sinks + self._feed_sinks(sinks, spikes))
+
+    def begin(self, sinks: Tensor, spikes: Spikes | None = None) -> tuple[Tensor, MixerState]:
+        """Map the stream of sinks `[1, S, D]` to the next, before `extend` sees any token."""
+        state: MixerState = None
+        if self.mixer is not None and self.mixer_norm is not None:
+            mixed, state = self.mixer.begin(self.mixer_norm(sinks), spikes)
+            sinks = _add(sinks, mixed)
+        return sinks + self._feed_sinks(sinks, spikes), state
 
     def extend(
         self,
@@ -79,6 +97,17 @@ class Block(nn.Module):
             return x + self.ffn(normed, spikes), state
         positions = torch.arange(first_position, first_position + x.shape[1], device=x.device)
         return x + self.ffn(normed, positions[None], spikes), state
+
+    def _feed_sinks(self, sinks: Tensor, spikes: Spikes | None) -> Tensor:
+        normed, unrecorded = unobserved(self.ffn_norm)(sinks), unobserved(spikes)
+        if isinstance(self.ffn, MixtureOfExperts):
+            return self.ffn.feed_sinks(normed, unrecorded)
+        out: Tensor = self.ffn(normed, unrecorded)
+        return out
+
+
+def _add(stream: Tensor, update: Tensor | None) -> Tensor:
+    return stream if update is None else stream + update
 
 
 class Blocks(nn.Module):

@@ -90,6 +90,14 @@ class ModelConfig:
                 "sinks.init (bos) must come with bos_token_id, whose embedding sinks start from: "
                 "got null. Set model.bos_token_id, or sinks.init=random."
             )
+        reads_sinks = {MixerKind.full, MixerKind.sliding_window}
+        if self.sinks.through_linear:
+            reads_sinks.add(MixerKind.linear)
+        if self.uses_sinks and not any(reads_sinks & set(layer) for layer in mixers):
+            raise ValueError(
+                f"sinks.num_tokens ({self.sinks.num_tokens}) has no effect: no layer of mixers "
+                f"({self.mixers}) sees them. Set it to 0, or sinks.through_linear=true with L."
+            )
         if self.ffn_bias and FfnKind.mixture_of_experts in ffns:
             raise ValueError(
                 f"ffn_bias (true) must be false with mixture-of-experts layers: got ffns "

@@ -144,6 +144,13 @@ def flops_by_part(
     )
 
 
+def expert_flops_per_token(config: ModelConfig) -> tuple[float, float]:
+    """FLOPs a token, forward alone, of one layer's routed and of its shared experts."""
+    moe = config.moe
+    each = 2.0 * 3 * config.hidden_size * config.expert_intermediate_size
+    return moe.top_k * each, moe.num_shared_experts * each
+
+
 def mean_visible(lengths: Iterable[int], window_tokens: int | None = None) -> float:
     """Keys that a causal query sees, itself included, averaged over all tokens of documents.
 

@@ -1,7 +1,9 @@
 """Decoding from explicit mixer states: prefill in chunks, then one token at a time.
 
 `L` keeps a matrix state of constant size, `S` a ring of one window, `F` a cache that grows, of
-parallel branches each its own. Shape letters: B batch, T tokens, n new tokens, V vocabulary.
+parallel branches each its own. Sinks run once, before the first token.
+
+Shape letters: B batch, T tokens, n new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -72,6 +74,8 @@ def extend(
     """Run the next tokens `[B, n]`; return final-normed hidden states `[B, n, D]` and the state."""
     assert model.embedding is not None, "only a whole model decodes"
     assert model.final_norm is not None, "only a whole model decodes"
+    if state.next_position == 0 and model.sinks is not None:
+        state = _begin(model, model.sinks(), spikes)
     x = model.embedding(tokens)
     mixers: list[MixerState] = []
     for block, mixer in zip(model.blocks, state.mixers, strict=True):
@@ -79,6 +83,14 @@ def extend(
         mixers.append(mixer)
     position = state.next_position + tokens.shape[1]
     return model.final_norm(x), DecodeState(mixers=mixers, next_position=position)
+
+
+def _begin(model: Model, sinks: Tensor, spikes: Spikes | None) -> DecodeState:
+    """The state after sinks alone, which every row starts from."""
+    state = DecodeState.start(model)
+    for index, block in enumerate(model.blocks):
+        sinks, state.mixers[index] = block.begin(sinks, spikes)
+    return state
 
 
 @torch.no_grad()

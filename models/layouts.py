@@ -53,19 +53,6 @@ def _whole_rows(config: ModelConfig) -> dict[str, ParamLayout]:
     return table
 
 
-def refuse_unsupported(config: ModelConfig) -> None:
-    """Refuse, by name, patterns that parse but that no layer here implements yet.
-
-    Raises:
-        ValueError: naming the field and the symbol.
-    """
-    if config.uses_sinks:
-        raise ValueError(
-            f"sinks.num_tokens ({config.sinks.num_tokens}) must be 0: sink tokens are not in this "
-            "release."
-        )
-
-
 _NEW_MODULES = frozenset(
     {"gate_down", "gate_up", "head_norm", "output_norm", "merge", "sinks", "router"}
 )

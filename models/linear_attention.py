@@ -2,7 +2,7 @@
 
 SpikingBrain report, equations 10-11 and sections 2.2 and 3.1. No rotary positions: decays carry
 position. They come from low-rank matrices of their own, or with a key-tied gate from the keys.
-Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H head dim.
+Shape letters: B batch, T tokens, S sinks, D hidden, N query heads, G key-value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from models.layers import Parts
 from models.mixer_config import FeatureMap, GateKind
-from models.mixer_core import MixerCore, Operands
+from models.mixer_core import MixerCore, Operands, SinkMemory
 from models.norm import RMSNorm
 from models.projections import Heads, as_heads
-from models.recompute import recomputed
+from models.recompute import recomputed, unobserved
 from models.sequence import SequenceContext
 
 _FEATURE_MAPS = {FeatureMap.relu: torch.relu, FeatureMap.sigmoid: torch.sigmoid}
@@ -40,6 +40,7 @@ class GatedLinearAttention(MixerCore):
             self.gate_down = parts.layers.replicated_linear(config.hidden_size, rank, bias=False)
             self.gate_up = parts.layers.column_linear(rank, keys, bias=True)
         self.head_norm = RMSNorm(config.head_dim, linear.norm_eps)
+        self.has_sinks = config.sinks.through_linear
         self._kernel = parts.kernels.linear_attention
         self._norms_again = layer in parts.recompute.norms
 
@@ -47,13 +48,42 @@ class GatedLinearAttention(MixerCore):
         """The low-rank gate and the module that goes on with it; nothing for a key-tied gate."""
         return self._gate(entered)
 
-    def attend(self, heads: Heads, operands: Operands, sequence: SequenceContext) -> Tensor:
+    def sink_operands(self, entered: Tensor) -> Operands:
+        """The same for sinks."""
+        if self.gate_down is None:
+            return ()
+        gate_down, gate_up = unobserved((self.gate_down, self.gate_up))
+        return gate_down(_widened(entered)), gate_up
+
+    def attend(
+        self,
+        heads: Heads,
+        operands: Operands,
+        sequence: SequenceContext,
+        sinks: SinkMemory = None,
+    ) -> Tensor:
         """Head outputs `[B, T, N, H]` before `head_norm`."""
+        assert sinks is None or isinstance(sinks, Tensor)
         inputs = self._kernel_inputs(heads, operands)
-        return self._kernel(*inputs, scale=self.scale, sequence=sequence)[0]
+        return self._kernel(*inputs, scale=self.scale, sequence=sequence, document_state=sinks)[0]
+
+    def attend_sinks(self, heads: Heads, operands: Operands) -> tuple[Tensor, SinkMemory]:
+        """Head outputs `[1, S, N, H]` of sinks in order, and their state `[G, H, H]`."""
+        inputs = self._kernel_inputs(heads, operands)
+        mixed, state = self._kernel(
+            *inputs, scale=self.scale, sequence=None, output_final_state=True
+        )
+        assert state is not None
+        return mixed, state[0]
+
+    def begin(self, sinks: SinkMemory) -> Tensor | None:
+        """The state that a document starts from, `[1, G, H, H]`."""
+        return sinks[None] if isinstance(sinks, Tensor) else None
 
     def extend(self, heads: Heads, entered: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `attend`; the state is `[B, G, H, H]` (key, value), at least float32."""
+        """As `attend`; the state is `[B or 1, G, H, H]` (key, value), at least float32."""
+        if state is not None:
+            state = state.expand(heads[0].shape[0], -1, -1, -1)
         mixed, new_state = self._kernel(
             *self._kernel_inputs(heads, self._gate(entered)),
             scale=self.scale,

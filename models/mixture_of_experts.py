@@ -21,7 +21,7 @@ from models.balance import router_losses
 from models.dispatch import Dispatch, dispatch
 from models.feed_forward import SwiGLUProjections
 from models.layers import Parts
-from models.recompute import recomputed
+from models.recompute import recomputed, unobserved
 from models.router import Choice, Router
 from models.routing import Routing
 from models.spiking.neurons import AdaptiveThreshold, Spikes, encode
@@ -76,6 +76,12 @@ class MixtureOfExperts(nn.Module):
         arguments = (self.router, self.experts, x, positions, spikes, routing)
         with recomputed(self._run, *arguments, when=self._layer_again) as out:
             return out
+
+    def feed_sinks(self, x: Tensor, spikes: Spikes | None) -> Tensor:
+        """As `forward` without a `Routing` for sinks `[1, S, D]`, which stand before position 0."""
+        count = x.shape[1] * self._layers.whole_channels.share.count
+        positions = torch.arange(-count, 0, device=x.device)[None]
+        return self._run(unobserved(self.router), self.experts, x, positions, spikes, None)
 
     def enter(self, x: Tensor, spikes: Spikes | None) -> Tensor:
         """Spiked x of the residual stream, as all experts need it."""

@@ -6,7 +6,7 @@ which order that happens is `models.mixer`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -22,8 +22,13 @@ from models.norm import RMSNorm
 from models.projections import HeadProjections
 from models.softmax_attention import SoftmaxAttention
 
-Norms = tuple[RMSNorm | None, ...]
+Norm = Callable[[Tensor], Tensor]
+Norms = tuple[Norm | None, ...]
 """One a branch, where it has one."""
+Places = tuple[int, ...]
+"""Which branches of the mixer, by index: all for tokens, for sinks those that they run through."""
+Weigh = Callable[[tuple[Tensor, ...], Places], tuple[Tensor, ...]]
+"""`BranchWeights`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +54,16 @@ class BranchWeights(nn.Module):
         if merge is BranchMerge.learned:
             self.weight = nn.Parameter(torch.full((num_branches,), float("nan")))
 
-    def forward(self, branches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Weigh outputs of one shape; returns at least float32 where weights are learned."""
+    def forward(self, branches: tuple[Tensor, ...], places: Places) -> tuple[Tensor, ...]:
+        """Weigh outputs of one shape, of the branches at `places`.
+
+        Returns at least float32 where weights are learned.
+        """
         if self.weight is None:
             return branches if self.factor == 1.0 else tuple(x * self.factor for x in branches)
         dtype = torch.promote_types(branches[0].dtype, torch.float32)
         weights = self.weight.to(dtype).unbind()
-        return tuple(w * x.to(dtype) for w, x in zip(weights, branches, strict=True))
+        return tuple(weights[i] * x.to(dtype) for i, x in zip(places, branches, strict=True))
 
 
 def build_branches(
@@ -108,12 +116,15 @@ def _adopt(owner: nn.Module, part: nn.Module) -> None:
 
 
 def normed_and_weighed(
-    outputs: tuple[Tensor, ...], norms: Norms, weights: BranchWeights | None
+    outputs: tuple[Tensor, ...], norms: Norms, weigh: Weigh | None, places: Places
 ) -> tuple[Tensor, ...]:
-    """Each branch's output through its norm, if it has one, and then its weight."""
+    """The outputs of the branches at `places` through their norms, if any, and then their weights.
+
+    `norms` are those of these branches.
+    """
     pairs = zip(outputs, norms, strict=True)
     normed = tuple(x if norm is None else norm(x) for x, norm in pairs)
-    return normed if weights is None else weights(normed)
+    return normed if weigh is None else weigh(normed, places)
 
 
 def add(outputs: tuple[Tensor, ...]) -> Tensor:

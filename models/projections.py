@@ -6,6 +6,8 @@ Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from models.layers import Parts
@@ -14,7 +16,8 @@ from models.spiking.neurons import Spikes, encode
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries `[B, T, N, H]`, keys and values `[B, T, G, H]`."""
-HeadNorms = tuple[RMSNorm | None, RMSNorm | None]
+Norm = Callable[[Tensor], Tensor]
+HeadNorms = tuple[Norm | None, Norm | None]
 """Of queries and of keys."""
 
 

@@ -58,6 +58,15 @@ def recomputed(
         yield output
 
 
+def unobserved(value: Any) -> Any:
+    """What a second call in one forward pass is made with, as in `recomputed`; also in tuples.
+
+    FSDP knows the modules of a unit by the calls that its hooks see, one of each: others go past
+    them, after the first call of the unit.
+    """
+    return _map(_second_time, value)
+
+
 @dataclass(frozen=True, slots=True)
 class _View:
     """A view of one of the outputs."""

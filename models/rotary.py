@@ -32,7 +32,7 @@ class Rotation:
 
 
 class Rotary:
-    """Angles of one model. Remembers the last table only, so that layers share it."""
+    """Angles of one model. Remembers the last tables only, so that layers share them."""
 
     def __init__(self, config: ModelConfig) -> None:
         # A model that is built on the meta device still needs values here: these are no parameters.
@@ -41,6 +41,7 @@ class Rotary:
         self._key: Hashable = None
         self._positions: weakref.ref[Tensor] | None = None
         self._rotation: Rotation | None = None
+        self._of_sinks: tuple[Hashable, Rotation] | None = None
 
     def for_sequence(self, sequence: SequenceContext, dtype: torch.dtype) -> Rotation:
         """Tables of a packed batch, in at least float32 and no less than `dtype`."""
@@ -65,6 +66,16 @@ class Rotary:
             self._key = key
             self._positions = None
         return self._rotation
+
+    def for_sinks(
+        self, start: int, length: int, device: torch.device, dtype: torch.dtype
+    ) -> Rotation:
+        """As `for_range`, for sinks, which may stand in front of 0; remembered besides."""
+        key = (start, length, device, dtype)
+        if self._of_sinks is None or self._of_sinks[0] != key:
+            positions = torch.arange(start, start + length, device=device)
+            self._of_sinks = key, self.compute(positions[None], dtype)
+        return self._of_sinks[1]
 
     def compute(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """Tables of integer `positions` `[B, T]`, not remembered."""

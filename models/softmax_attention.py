@@ -1,20 +1,24 @@
 """The core of the full (`F`) and sliding-window (`S`) softmax mixers, with its decoding caches.
 
-Shape letters: B batch, T tokens, D hidden, N query heads, G key-value heads, H head dim.
+Shape letters: B batch, T tokens, S sinks, D hidden, N query heads, G key-value heads, H head dim.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from models.kernels import SinkKeys, sink_attention
 from models.layer_pattern import MixerKind
 from models.layers import Parts
-from models.mixer_core import MixerCore, Operands
+from models.mixer_core import MixerCore, Operands, SinkMemory
 from models.norm import RMSNorm
 from models.projections import Heads
-from models.rotary import rotate
+from models.rotary import Rotation, rotate
 from models.sequence import SequenceContext
+from models.sinks import first_position
 
 
 class KeyValueCache:
@@ -22,11 +26,12 @@ class KeyValueCache:
 
     Without `window_tokens` it grows by doubling; with it, it is a ring of that many slots, whose
     order does not matter to a single query because rotation has put positions into the keys.
-    Appending changes the cache in place.
+    Appending changes the cache in place. Keys of `sinks` are always visible besides, and stay.
     """
 
-    def __init__(self, window_tokens: int | None) -> None:
+    def __init__(self, window_tokens: int | None, sinks: SinkKeys | None = None) -> None:
         self.window_tokens = window_tokens
+        self.sinks = sinks
         self.num_seen = 0
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -57,7 +62,7 @@ class KeyValueCache:
 
     def copy(self) -> KeyValueCache:
         """An independent cache with the same content."""
-        twin = KeyValueCache(self.window_tokens)
+        twin = KeyValueCache(self.window_tokens, self.sinks)
         twin.num_seen = self.num_seen
         twin.keys = None if self.keys is None else self.keys.clone()
         twin.values = None if self.values is None else self.values.clone()
@@ -66,7 +71,10 @@ class KeyValueCache:
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values) if t is not None)
+        held = [self.keys, self.values]
+        if self.sinks is not None:
+            held += [self.sinks.k, self.sinks.v]
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def _slots(self, start: int, count: int, device: torch.device) -> Tensor:
         slots = torch.arange(start, start + count, device=device)
@@ -110,6 +118,8 @@ class KeyValueCache:
 class SoftmaxAttention(MixerCore):
     """Causal softmax attention with rotary positions, grouped queries and an optional window."""
 
+    has_sinks = True
+
     def __init__(self, parts: Parts, *, kind: MixerKind, has_head_norm: bool) -> None:
         super().__init__()
         config, is_windowed = parts.config, kind is MixerKind.sliding_window
@@ -118,12 +128,26 @@ class SoftmaxAttention(MixerCore):
         self.head_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if has_head_norm else None
         self._kernel = parts.kernels.softmax_attention
         self._rotary = parts.rotary
+        self._first_sink = first_position(config.sinks)
 
     def operands(self, entered: Tensor, sequence: SequenceContext) -> Operands:
         """The rotation of every position."""
         return (self._rotary.for_sequence(sequence, entered.dtype),)
 
-    def attend(self, heads: Heads, operands: Operands, sequence: SequenceContext) -> Tensor:
+    def sink_operands(self, entered: Tensor) -> Operands:
+        """The rotation of every sink, or None."""
+        if self._first_sink is None:
+            return (None,)
+        place = (self._first_sink, entered.shape[1], entered.device)
+        return (self._rotary.for_sinks(*place, entered.dtype),)
+
+    def attend(
+        self,
+        heads: Heads,
+        operands: Operands,
+        sequence: SequenceContext,
+        sinks: SinkMemory = None,
+    ) -> Tensor:
         """Head outputs `[B, T, N, H]`."""
         (q, k, v), (rotation,) = heads, operands
         return self._kernel(
@@ -133,7 +157,27 @@ class SoftmaxAttention(MixerCore):
             scale=self.scale,
             window=self.window_tokens,
             sequence=sequence,
+            sinks=self._keys(sinks, q),
         )
+
+    def attend_sinks(self, heads: Heads, operands: Operands) -> tuple[Tensor, SinkMemory]:
+        """Head outputs `[1, S, N, H]` without a mask, and the keys for tokens."""
+        (q, k, v), (rotation,) = heads, operands
+        if isinstance(rotation, Rotation):
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        keys = SinkKeys(k[0], v[0])
+        return sink_attention(q, keys, scale=self.scale), keys
+
+    def begin(self, sinks: SinkMemory) -> KeyValueCache:
+        """A cache that holds sinks alone."""
+        assert isinstance(sinks, SinkKeys)
+        return KeyValueCache(self.window_tokens, sinks)
+
+    def _keys(self, sinks: SinkMemory, q: Tensor) -> SinkKeys | None:
+        """As queries `[B, T, N, H]`, not rotated yet, see them."""
+        if not isinstance(sinks, SinkKeys):
+            return None
+        return replace(sinks, q=q) if self._first_sink is None else sinks
 
     def extend(
         self, heads: Heads, entered: Tensor, state: KeyValueCache | None
@@ -147,6 +191,12 @@ class SoftmaxAttention(MixerCore):
         # A single query sees everything its cache returns; the slots of a ring are not in order.
         window = None if num_tokens == 1 else self.window_tokens
         mixed = self._kernel(
-            rotate(q, rotation), keys, values, scale=self.scale, window=window, sequence=None
+            rotate(q, rotation),
+            keys,
+            values,
+            scale=self.scale,
+            window=window,
+            sequence=None,
+            sinks=self._keys(cache.sinks, q),
         )
         return mixed, cache

@@ -30,7 +30,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline_cut import StageCut
 from parallel.rank_parameters import RankParameters, global_names
 from parallel.teacher import Teacher, TeacherPart, TeacherSpec, check_teacher
-from parallel.tensor_parallel import TensorParallelLayers, check_tensor_parallel
+from parallel.tensor_parallel import TensorParallelLayers, check_sinks, check_tensor_parallel
 
 if TYPE_CHECKING:
     from models.kernels import KernelSet
@@ -112,13 +112,14 @@ def build_teacher(
     check_teacher(spec.config, student.config, spec.goals, pp=mesh.pp_size)
     check_tensor_parallel(spec.config, mesh.tp_size)
     check_expert_parallel(spec.config, mesh.ep_size)
+    check_sinks(spec.config, layout)
     blueprint = replace(
         student, config=spec.config, spiking=None, recompute=NOTHING, offload=spec.offload
     )
     beside = own_parts(spec.config, (), mesh) if mesh.pp_size == 1 else parts
     models = build_parts(blueprint, beside, (), layout, mesh)
     for model in models:
-        register_fsdp_forward_method(model, "hidden_states")
+        register_fsdp_forward_method(model, "streams")
     layouts = parameter_layouts(spec.config, sequence_parallel=layout.sequence_parallel)
     own = RankParameters.of(models, layouts, mesh)
     materialise(models, own, torch.device("cpu") if spec.offload else mesh.device, seed=None)

@@ -1,6 +1,6 @@
 """What one rank sends and receives in a step: each kind of collective, how often, how many bytes.
 
-Counts the collectives of tensors; the few numbers that ranks agree on every step are left out. The
+Counts the collectives of tensors; the few numbers that ranks gather every step are left out. The
 size of a collective is that of its whole tensor: what an all-gather puts out, what a reduce-scatter
 takes in, what is reduced or sent.
 """
@@ -9,46 +9,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
 
-from models.config import ThresholdGrad
 from models.layer_pattern import FfnKind
-from models.mixer_memory import has_head_norm, num_output_projections
+from models.routing import SUMS
 from parallel.config import Shard
-from parallel.expert_bytes import Messages
+from parallel.expert_bytes import COUNT_BYTES, Messages
 from parallel.memory_replay import StageBytes
 from parallel.pipeline_cut import StageCut
 from parallel.planned import Assignment
+from parallel.region_traffic import tensor_parallel
 from parallel.schedule_order import Action, Work
+from parallel.traffic import Kind, Traffic
 from parallel.unit_sizes import own_rows, partial_elements, vocabulary_rows
-
-
-class Kind(Enum):
-    """Which collective."""
-
-    all_gather = "all-gather"
-    reduce_scatter = "reduce-scatter"
-    all_reduce = "all-reduce"
-    send = "send"
-    all_to_all = "all-to-all"
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """All collectives of one purpose in a step: `calls` of them, `size` bytes together."""
-
-    purpose: str
-    kind: Kind
-    axis: str
-    calls: int
-    size: int
-
-    def sent(self, num_ranks: int) -> float:
-        """Bytes that a rank sends if the collective runs around a ring of `num_ranks`."""
-        share = (num_ranks - 1) / num_ranks
-        factor = {Kind.all_reduce: 2 * share, Kind.send: 1.0}.get(self.kind, share)
-        return factor * self.size
 
 
 def step_traffic(given: Assignment, pp_rank: int) -> list[Traffic]:
@@ -57,7 +29,7 @@ def step_traffic(given: Assignment, pp_rank: int) -> list[Traffic]:
     found: list[Traffic] = []
     for stage, sizes in stages:
         if given.layout.tp > 1:
-            found += _tensor_parallel(given, stage)
+            found += tensor_parallel(given, stage)
         if given.layout.ep > 1:
             found += _expert_parallel(given, stage)
         found += _data_parallel(given, sizes, given.orders[pp_rank])
@@ -67,6 +39,7 @@ def step_traffic(given: Assignment, pp_rank: int) -> list[Traffic]:
         size = sum(_partial(given, stage) for stage in cuts) * given.job.master
         found.append(Traffic("partial gradients", Kind.all_reduce, "tp", 1, size))
     found += _tied(given, cuts)
+    found += _routing(given)
     return _joined(found)
 
 
@@ -79,42 +52,6 @@ def _joined(parts: Sequence[Traffic]) -> list[Traffic]:
         calls[key] += part.calls
         sizes[key] += part.size
     return [Traffic(*key, calls[key], sizes[key]) for key in calls if sizes[key]]
-
-
-def _tensor_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
-    """Borders of regions (`parallel.regions`), thresholds over cut channels, losses."""
-    job, work, count = given.job, given.work, given.num_microbatches
-    whole = work.tokens * job.model.hidden_size * job.narrow
-    entered = entered_again = projected = left_again = encoded_again = 0
-    for layer in range(stage.first_layer, stage.end_layer):
-        mixers, again = job.model.layers.mixers[layer], job.again(layer)
-        outputs = num_output_projections(job.model, mixers)
-        regions = 1 + (outputs > 0)
-        entered += regions
-        entered_again += regions * (again.block or again.norms)
-        # One projection out of the feed-forward layer, and those of the mixer.
-        projected += 1 + outputs
-        # A block that runs again stops at its last operation that keeps something.
-        left_again += outputs * again.block
-        is_mixed_again = again.mixer or (has_head_norm(job.model, mixers) and again.norms)
-        encoded_again += again.block or again.activations
-        encoded_again += outputs * (again.block or is_mixed_again)
-    entered, left = entered + stage.has_head, projected + stage.has_embedding
-    if work.sequence_parallel:
-        gathers = (entered + entered_again + left) * count
-        scatters = (left + left_again + entered) * count
-        yield Traffic("residual stream", Kind.all_gather, "tp", gathers, gathers * whole)
-        yield Traffic("residual stream", Kind.reduce_scatter, "tp", scatters, scatters * whole)
-    else:
-        calls = (left + left_again + entered) * count
-        yield Traffic("residual stream", Kind.all_reduce, "tp", calls, calls * whole)
-    numbers = work.tokens * job.master
-    if job.is_spiking:
-        is_trained = job.spiking.threshold_grad is ThresholdGrad.through
-        calls = (projected * (2 if is_trained else 1) + encoded_again) * count
-        yield Traffic("thresholds", Kind.all_reduce, "tp", calls, calls * numbers)
-    if stage.has_head:
-        yield Traffic("losses", Kind.all_reduce, "tp", 2 * count, 3 * numbers * count)
 
 
 def _expert_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
@@ -138,6 +75,15 @@ def _expert_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
     calls = forward * each.forward_calls + backward * each.backward_calls
     size = forward * each.forward_size + backward * each.backward_size
     yield Traffic("rows of experts", Kind.all_to_all, "ep", calls, size)
+
+
+def _routing(given: Assignment) -> Iterator[Traffic]:
+    """What all tokens of the step chose: the sums of `models.routing` of every expert layer."""
+    model, num_ranks = given.job.model, given.layout.num_devices
+    num_layers = model.layers.ffns.count(FfnKind.mixture_of_experts)
+    if num_layers and num_ranks > 1:
+        numbers = num_layers * (model.moe.num_experts + len(SUMS) + num_ranks)
+        yield Traffic("routing", Kind.all_reduce, "all", 1, numbers * COUNT_BYTES)
 
 
 def _partial(given: Assignment, stage: StageCut) -> int:

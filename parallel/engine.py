@@ -28,11 +28,12 @@ from parallel.fully_sharded import compute_dtype
 from parallel.gradients import NonFiniteError, clip, global_norm, missing, number, refuse_missing
 from parallel.local_optimizer import LocalOptimizer
 from parallel.mesh import Mesh
-from parallel.pipeline import PipelineRunner, StageModel
+from parallel.pipeline import PipelineRunner
 from parallel.pipeline_cut import StageCut
 from parallel.rank_parameters import RankParameters
 from parallel.router_steps import RouterSteps
 from parallel.runner import Runner, SequentialRunner, Work
+from parallel.stage import StageModel
 from parallel.teacher import TeacherSpec
 
 if TYPE_CHECKING:

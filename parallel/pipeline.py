@@ -2,8 +2,8 @@
 
 torch sends activations and gradients between stages and orders the work; here the model is cut,
 every stage finds its own labels and documents (microbatches travel as nothing but the residual
-stream), the loss stays inside the last stage, and gradients are sums. Shapes are given, because
-torch would find them by one extra real forward pass, which counts spikes twice.
+streams of `parallel.stage`), the loss stays inside the last stage, and gradients are sums. Shapes
+are given, because torch would find them by one extra real forward pass, which counts spikes twice.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from torch.distributed.pipelining.schedules import (
     ScheduleInterleavedZeroBubble,
 )
 
-from models.model import Model
 from parallel.config import PipelineSchedule
 from parallel.engine_protocol import Microbatch
 from parallel.fully_sharded import release
 from parallel.mesh import Mesh
 from parallel.runner import Placed, Sums, Work
-from parallel.teacher import TeacherPart
+from parallel.stage import StageModel
 
 if TYPE_CHECKING:
     from models.spiking.neurons import Spikes
@@ -40,61 +39,6 @@ SCHEDULES: dict[PipelineSchedule, Any] = {
     PipelineSchedule.zero_bubble: ScheduleInterleavedZeroBubble,
 }
 ONE_STAGE_A_RANK = frozenset({PipelineSchedule.gpipe, PipelineSchedule.one_f_one_b})
-
-
-class StageModel(Model):
-    """A part of the model as torch's pipelining calls it: with the residual stream alone.
-
-    Microbatches pass a stage in order, once each, so a counter finds what belongs to one.
-    """
-
-    teacher: TeacherPart | None = None
-    _microbatches: Sequence[Placed] = ()
-    _work: Work | None = None
-    _next = 0
-
-    def begin(self, microbatches: Sequence[Placed], work: Work, sums: Sums) -> None:
-        """Say what the coming step works on and where its losses are added up."""
-        self._microbatches, self._work, self._next = microbatches, work, 0
-        self._sums = sums
-
-    def end(self) -> None:
-        """Forget the step."""
-        count, self._microbatches, self._work = len(self._microbatches), (), None
-        assert self._next == count, f"{self._next} forward passes for {count} microbatches"
-        if self.teacher is not None:
-            self.teacher.release()
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Tokens or residual stream to residual stream, or to the loss over all targets.
-
-        With a teacher its stream comes and goes as a second entry in front of the rows.
-        """
-        assert self._work is not None, "begin comes first"
-        placed = self._microbatches[self._next]
-        self._next += 1
-        shown = None
-        if self.teacher is not None:
-            x, stream = (x, x) if self.part.has_embedding else x.unbind()
-            shown = self.teacher.show(
-                stream, placed.sequence, placed.labels, num_targets=self._work.num_targets
-            )
-        lesson = None if shown is None else shown.lesson
-        out = super().forward(
-            x,
-            placed.sequence,
-            labels=placed.labels,
-            spikes=self._work.spikes,
-            routing=self._work.routing,
-            lesson=lesson,
-        )
-        self._sums.add(out if self.part.has_head else None, lesson)
-        if self.part.has_head:
-            out = out / self._work.num_targets
-        elif shown is not None:
-            out = torch.stack([out, shown.stream])
-        # A stage with nothing to train still has to answer with a gradient.
-        return out if out.requires_grad else out.requires_grad_()
 
 
 class PipelineRunner:
@@ -147,30 +91,33 @@ class PipelineRunner:
         placed = Placed.on(batch, self._mesh.device)
         losses = torch.zeros(placed.labels.shape, device=self._mesh.device)
         for stage, number in zip(self._stages, self._numbers, strict=True):
-            x = placed.tokens if number == 0 else self._receive(placed, number - 1)
-            out = stage.token_losses(x, placed.sequence, placed.labels, spikes=spikes)
+            x, *sinks = [placed.tokens] if number == 0 else self._receive(placed, stage, number - 1)
+            out = stage.token_losses(
+                x, placed.sequence, placed.labels, sinks=sinks[0] if sinks else None, spikes=spikes
+            )
             release(stage)
-            if number < self._num_stages - 1:
-                dist.send(out, self._peer(number + 1), group=self._mesh.pp_group)
-            else:
+            if isinstance(out, Tensor) and number == self._num_stages - 1:
                 losses = out
+                continue
+            for stream in (out,) if isinstance(out, Tensor) else out:
+                dist.send(stream, self._peer(number + 1), group=self._mesh.pp_group)
         last = self._peer(self._num_stages - 1)
         losses = losses.to(torch.promote_types(self._dtype, torch.float32))
         dist.broadcast(losses, last, group=self._mesh.pp_group)
         return losses
 
-    def _receive(self, placed: Placed, number: int) -> Tensor:
-        x = torch.empty(self._stream_shape(placed), dtype=self._dtype, device=self._mesh.device)
-        dist.recv(x, self._peer(number), group=self._mesh.pp_group)
-        return x
+    def _receive(self, placed: Placed, stage: StageModel, number: int) -> list[Tensor]:
+        """The student's streams from another stage."""
+        streams = []
+        for shape in stage.own_streams(placed.tokens, self._token_shares):
+            stream = torch.empty(shape, dtype=self._dtype, device=self._mesh.device)
+            dist.recv(stream, self._peer(number), group=self._mesh.pp_group)
+            streams.append(stream)
+        return streams
 
     def _peer(self, number: int) -> int:
         """The rank, of this rank's pipeline, that has a stage."""
         return dist.get_global_rank(self._mesh.pp_group, number % self._mesh.pp_size)
-
-    def _stream_shape(self, placed: Placed) -> tuple[int, int, int]:
-        rows, tokens = placed.tokens.shape
-        return rows, tokens // self._token_shares, self._stages[0].config.hidden_size
 
     def _schedule_for(self, placed: Sequence[Placed]) -> Any:
         """The schedule of this shape, built again when the shape changes."""
@@ -191,12 +138,9 @@ class PipelineRunner:
         return self._built[1]
 
     def _stage(self, stage: StageModel, number: int, placed: Placed) -> PipelineStage:
-        streams = () if stage.teacher is None else (2,)
-        stream = torch.empty(
-            (*streams, *self._stream_shape(placed)),
-            dtype=self._dtype,
-            device="meta",
-            requires_grad=True,
+        streams = tuple(
+            torch.empty(shape, dtype=self._dtype, device="meta", requires_grad=True)
+            for shape in stage.all_streams(placed.tokens, self._token_shares)
         )
         loss = torch.empty(
             (), dtype=torch.promote_types(self._dtype, torch.float32), device="meta",
@@ -208,7 +152,7 @@ class PipelineRunner:
             number,
             self._num_stages,
             self._mesh.device,
-            input_args=(tokens if number == 0 else stream,),
-            output_args=(loss if stage.part.has_head else stream,),
+            input_args=(tokens,) if number == 0 else streams,
+            output_args=(loss,) if stage.part.has_head else streams,
             group=self._mesh.pp_group,
         )

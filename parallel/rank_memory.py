@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.dispatch import num_expert_rows
+from models.layer_pattern import FfnKind
 from parallel.memory_replay import StageBytes, replay
 from parallel.planned import Assignment
 from parallel.schedule_order import Action, Work
@@ -116,6 +118,13 @@ def _logits(given: Assignment) -> int:
 
 def _neurons(given: Assignment) -> int:
     """Counts in the wide dtype and the spiked value, of the widest site."""
-    job, layout = given.job, given.layout
-    channels = max(job.model.hidden_size, job.model.intermediate_size // layout.tp)
-    return job.microbatch_rows * job.length * channels * (job.master + job.narrow)
+    job, work = given.job, given.work
+    model, moe = job.model, job.model.moe
+    sites = [work.tokens * model.hidden_size]
+    if FfnKind.dense in model.layers.ffns:
+        sites.append(work.tokens * model.intermediate_size // work.tp)
+    if FfnKind.mixture_of_experts in model.layers.ffns:
+        inner = model.expert_intermediate_size // work.tp
+        sites.append(work.tokens * moe.num_shared_experts * inner)
+        sites.append(num_expert_rows(moe, work.rows, work.length) * inner)
+    return max(sites) * (job.master + job.narrow)

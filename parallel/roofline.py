@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.cost import FlopsPerToken, flops_by_part, mean_visible
+from models.cost import FlopsPerToken, expert_flops_per_token, flops_by_part, mean_visible
+from models.dispatch import num_expert_rows
+from models.layer_pattern import FfnKind
 from parallel.backend.devices import Device
-from parallel.collective_bytes import Kind, Traffic
 from parallel.config import Shard
 from parallel.fully_sharded import compute_dtype
 from parallel.memory_replay import StageBytes
@@ -19,6 +20,7 @@ from parallel.pipeline_cut import StageCut
 from parallel.planned import Assignment, Job
 from parallel.rank_memory import RankMemory
 from parallel.schedule_order import Action, Timeline, Work, timeline
+from parallel.traffic import Kind, Traffic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +135,15 @@ def job_flops(job: Job) -> FlopsPerToken:
 
 
 @dataclass(frozen=True, slots=True)
+class _ExpertSeconds:
+    """Of routed and shared experts, and what the routed ones take beyond their tokens' FLOPs."""
+
+    routed: float
+    shared: float
+    added: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Clock:
     """Turns FLOPs and bytes into seconds on one device."""
 
@@ -192,6 +203,8 @@ class _Clock:
         forward = again = products = 0.0
         for layer, footprint in zip(moved.layers, moved.footprints, strict=True):
             of_products = tokens * flops.products[layer] / 3 / product_rate
+            experts = self._experts(layer)
+            of_products += experts.added
             of_mixing = (
                 tokens
                 / 3
@@ -209,7 +222,12 @@ class _Clock:
                 again += of_products + of_mixing + of_bytes
             else:
                 again += of_mixing * named.mixer
-                again += of_bytes / 3 * (named.norms + named.activations + named.mixer)
+                parts = named.norms + named.activations + named.mixer
+                parts += named.experts or named.expert_layer
+                again += of_bytes / 3 * parts
+                # Shared experts are not asked for what they put out.
+                again += (experts.routed + experts.shared * 2 / 3) * named.experts
+                again += (experts.routed + experts.shared) * named.expert_layer
         for end in (moved.embedding, moved.head):
             forward += 0.0 if end is None else end.traffic / bandwidth
         if moved.head is not None:
@@ -219,6 +237,23 @@ class _Clock:
             # The loss computes its logits again.
             again += of_head
         return forward, again, products
+
+    def _experts(self, layer: int) -> _ExpertSeconds:
+        """Of one layer's forward pass; nothing for a dense one.
+
+        Routed products take rows that only fill up too, and read every expert's matrices.
+        """
+        work, model = self.given.work, self.given.job.model
+        if model.layers.ffns[layer] is not FfnKind.mixture_of_experts:
+            return _ExpertSeconds(0.0, 0.0, 0.0)
+        rate = self.peak * self.efficiency.products * work.tp / work.tokens
+        routed, shared = (flops / rate for flops in expert_flops_per_token(model))
+        rows = num_expert_rows(model.moe, work.rows, work.length)
+        matrices = 3 * model.hidden_size * model.expert_intermediate_size * model.moe.num_experts
+        reading = matrices / (work.ep * work.tp) * work.narrow
+        reading /= self.device.memory_bandwidth * self.efficiency.memory
+        taken = max(routed * rows / (work.tokens * model.moe.top_k), reading)
+        return _ExpertSeconds(taken, shared, taken - routed)
 
     def _crossing(self, traffic: Sequence[Traffic]) -> float:
         """Seconds of a microbatch's borders of regions, rows of experts and sends, of one pass."""
@@ -230,7 +265,7 @@ class _Clock:
         layout = self.given.layout
         sizes = {
             "tp": layout.tp, "dp_shard": layout.dp_shard, "dp_replicate": layout.dp_replicate,
-            "pp": layout.pp, "ep": layout.ep,
+            "pp": layout.pp, "ep": layout.ep, "all": layout.num_devices,
             "edp_shard": layout.edp_shard, "edp_replicate": layout.edp_replicate,
         }  # fmt: skip
         return sizes[axis]
@@ -240,7 +275,8 @@ class _Clock:
         layout = self.given.layout
         reach = {
             "tp": layout.tp, "dp_shard": layout.tp * layout.dp_shard,
-            "dp_replicate": layout.tp * layout.dp, "pp": layout.num_devices,
+            "dp_replicate": layout.tp * layout.dp,
+            "pp": layout.num_devices, "all": layout.num_devices,
             "ep": layout.tp * layout.ep, "edp_replicate": layout.tp * layout.dp,
             "edp_shard": layout.tp * layout.ep * layout.edp_shard,
         }[axis]  # fmt: skip

@@ -129,7 +129,7 @@ class SequentialRunner:
         if self._teacher is None:
             return None
         shown = self._teacher.show(
-            placed.tokens, placed.sequence, placed.labels, num_targets=work.num_targets
+            (placed.tokens,), placed.sequence, placed.labels, num_targets=work.num_targets
         )
         return shown.lesson
 
@@ -140,4 +140,5 @@ class SequentialRunner:
             placed.tokens, placed.sequence, placed.labels, spikes=spikes
         )
         release(self._model)
+        assert isinstance(losses, Tensor)
         return losses

@@ -1,7 +1,7 @@
 """A frozen teacher beside the student: cut, sharded and run like it, never trained.
 
 Its parameters have no gradients and no optimizer state. Under a pipeline the teacher's residual
-stream travels with the student's, in one tensor: `StageModel` stacks and unstacks them.
+streams travel with the student's (`parallel.stage`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class TeacherSpec:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A part's answer to one microbatch: the stream it hands on, and the lesson of its layers."""
+    """A part's answer to one microbatch: the streams it hands on, and the lesson of its layers."""
 
-    stream: Tensor
+    streams: tuple[Tensor, ...]
     lesson: Lesson
 
 
@@ -48,9 +48,14 @@ class TeacherPart:
 
     @torch.no_grad()
     def show(
-        self, x: Tensor, sequence: SequenceContext, labels: Tensor, *, num_targets: int
+        self,
+        inputs: tuple[Tensor, ...],
+        sequence: SequenceContext,
+        labels: Tensor,
+        *,
+        num_targets: int,
     ) -> Shown:
-        """Run tokens or the teacher's stream through this part."""
+        """Run tokens, or the teacher's stream and that of its sinks, through this part."""
         streams: dict[int, Tensor] = {}
 
         def keep(layer: int, stream: Tensor) -> Tensor:
@@ -58,14 +63,20 @@ class TeacherPart:
             return stream
 
         wants_streams = self._goals.hidden > 0
-        out = self.model.hidden_states(x, sequence, observe=keep if wants_streams else None)
+        out, sinks = self.model.streams(
+            inputs[0],
+            sequence,
+            sinks=inputs[1] if len(inputs) > 1 else None,
+            observe=keep if wants_streams else None,
+        )
         head = None
         if self._goals.kl > 0 and isinstance(self.model.head, Head):
             head = (self.model.head.enter(out), self.model.head_weight)
         lesson = Lesson(
             self._goals, labels, streams, share=self._share, head=head, scale=1 / num_targets
         )
-        return Shown(out, lesson)
+        handed_on = tuple(x.detach() for x in (out, sinks) if x is not None)
+        return Shown(handed_on, lesson)
 
     def release(self) -> None:
         """Give up gathered weights."""
@@ -94,7 +105,6 @@ def check_teacher(teacher: ModelConfig, student: ModelConfig, goals: Goals, *, p
         needed["hidden_size"] = "distill.hidden compares residual streams"
         needed["num_hidden_layers"] = "distill.hidden compares them layer by layer"
     if pp > 1:
-        needed["hidden_size"] = "both streams travel through the pipeline in one tensor"
         needed["num_hidden_layers"] = "a pipeline cuts both models alike"
     for name, reason in needed.items():
         ours, theirs = getattr(student, name), getattr(teacher, name)

@@ -185,6 +185,23 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
             )
 
 
+def check_sinks(config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse sinks that cannot be cut evenly like the tokens of rows.
+
+    Raises:
+        ValueError: naming both numbers and the nearest valid ones.
+    """
+    count, tp = config.sinks.num_tokens, parallel.tp
+    if not parallel.sequence_parallel or count % tp == 0:
+        return
+    below = count // tp * tp
+    valid = " or ".join(str(number) for number in (below, below + tp) if number)
+    raise ValueError(
+        f"model.sinks.num_tokens ({count}) must be a multiple of parallel.tp with "
+        f"sequence_parallel: got {tp}. Set it to {valid}, or parallel.sequence_parallel=false."
+    )
+
+
 def check_sequence_length(sequence_length: int, parallel: ParallelConfig, *, stage: str) -> None:
     """Refuse rows whose tokens cannot be cut evenly.
 

@@ -142,12 +142,14 @@ def model_losses(model: Model, spikes: Spikes | None) -> LossFunction:
     device = next(model.parameters()).device
 
     def losses(part: Microbatch) -> Tensor:
-        return model.token_losses(
+        found = model.token_losses(
             part.tokens.to(device),
             SequenceContext.from_document_ids(part.document_ids.to(device)),
             part.labels.to(device),
             spikes=spikes,
         )
+        assert isinstance(found, Tensor)
+        return found
 
     return losses
 

@@ -9,7 +9,7 @@ from parallel.config import PipelineSchedule
 from parallel.experts import check_expert_parallel
 from parallel.pipeline_cut import StageCut, check_microbatches, cut
 from parallel.split_backward import check_split_backward
-from parallel.tensor_parallel import check_sequence_length, check_tensor_parallel
+from parallel.tensor_parallel import check_sequence_length, check_sinks, check_tensor_parallel
 from training.config import RunConfig
 from training.recomputation import check_recomputation
 from training.stages import StagePlan, check_rows
@@ -34,6 +34,7 @@ def check_layout(config: RunConfig, plan: StagePlan, *, dp_size: int) -> None:
     parallel, training = config.parallel, config.training
     check_tensor_parallel(config.model, parallel.tp)
     check_expert_parallel(config.model, parallel.ep)
+    check_sinks(config.model, parallel)
     stages = cut_stages(config)
     check_rows(plan, dp_size=dp_size, microbatch_rows=training.microbatch_rows)
     for stage in plan.stages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from models.config import ModelConfig
+from models.layer_pattern import FfnKind
 from models.layouts import parameter_layouts
 from parallel.config import Precision
 from parallel.planned import Assignment, Job, Layout
@@ -68,6 +69,12 @@ def left_out(config: RunConfig) -> list[str]:
         lines.append(
             "activations and time are counted as if every parameter were trained: optimizer.freeze "
             "saves some"
+        )
+    has_experts = FfnKind.mixture_of_experts in config.model.layers.ffns
+    if has_experts and config.model.moe.capacity_factor is None:
+        lines.append(
+            "experts are counted as if routers loaded them evenly: without moe.capacity_factor a "
+            "rank of parallel.ep that is sent more rows holds and computes more"
         )
     return lines
 

@@ -12,7 +12,7 @@ from parallel.boxes import Box
 from parallel.experts import check_expert_parallel
 from parallel.mesh import Mesh
 from parallel.teacher import Teacher, TeacherSpec, check_teacher
-from parallel.tensor_parallel import check_tensor_parallel
+from parallel.tensor_parallel import check_sinks, check_tensor_parallel
 from training.config import RunConfig
 from training.origin import Origin
 from training.stage_data import RunData
@@ -47,6 +47,7 @@ def open_teacher(
     check_teacher(source.model, config.model, goals(config), pp=config.parallel.pp)
     check_tensor_parallel(source.model, config.parallel.tp)
     check_expert_parallel(source.model, config.parallel.ep)
+    check_sinks(source.model, config.parallel)
     if mesh.is_main and before is not None:
         _warn_if_replaced(source, before)
     if mesh.is_main and config.distill.offload and mesh.device.type == "cpu":

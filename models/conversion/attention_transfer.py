@@ -90,18 +90,24 @@ def fit_new_parameters(  # noqa: PLR0913 - source, target, options and the two t
     walks = [_Walk(stream, sample)]
     if alignment is not None:
         walks.append(_Walk(stream, alignment[1]))
+    sinks = _planned_stream(source, target, options, fitted).sinks()
     for layer, is_new in enumerate(becomes_new(config, target)):
         block = stream.block(layer)
         if is_new:
             _measure(block, walks[0], layer, options, target, fitted)
-            student = _student(source, target, options, fitted, layer)
-            if len(student.branches) > 1 and options.norm_init is NormInit.calibrated:
+            student = _student(source, target, options, fitted, layer, sinks)
+            if len(student.mixer.branches) > 1 and options.norm_init is NormInit.calibrated:
                 _merge(block, student, walks[0], layer, target, fitted)
-                student = _student(source, target, options, fitted, layer)
+                student = _student(source, target, options, fitted, layer, sinks)
             if alignment is not None:
                 _align(block, student, walks, layer, alignment[0], fitted)
         for walk in walks:
             advance(block, walk.hidden, walk.sequences)
+        if sinks is not None:
+            with torch.no_grad():
+                sinks, _ = (
+                    _planned_stream(source, target, options, fitted).block(layer).begin(sinks)
+                )
         if progress is not None:
             progress("calibrate", layer + 1, config.num_hidden_layers)
     return fitted
@@ -188,7 +194,7 @@ def _measure(  # noqa: PLR0913 - one layer with its text, what to fit and where 
 
 def _merge(  # noqa: PLR0913 - one layer with both mixers, its text and where it goes
     block: Block,
-    student: Mixer,
+    student: _Student,
     walk: _Walk,
     layer: int,
     target: ModelConfig,
@@ -197,32 +203,62 @@ def _merge(  # noqa: PLR0913 - one layer with both mixers, its text and where it
     """Norms with which parallel branches come closest to the source's mixer."""
     assert block.mixer is not None
     note = f"least squares against the source's attention output on {walk.num_tokens} tokens"
-    weights = fit_branch_norms(block.mixer, student, walk.inputs(block), target)
+    weights = fit_branch_norms(block.mixer, student.mixer, student, walk.inputs(block), target)
     for name, weight in weights.items():
         fitted.values[mixer_name(layer, name)] = (weight, note)
 
 
-def _student(
+class _Student:
+    """The new mixer of one layer with the sinks that it reads, `[1, S, D]`."""
+
+    def __init__(self, mixer: Mixer, sinks: Tensor | None) -> None:
+        self.mixer, self._sinks = mixer, sinks
+
+    def __call__(self, x: Tensor, sequence: SequenceContext) -> Tensor:
+        """What it makes of tokens `[B, T, D]`."""
+        out = self.mixer(x, sequence, sinks=self._sinks)
+        tokens: Tensor = out if self._sinks is None else out[0]
+        return tokens
+
+
+def _planned_stream(
+    source: TensorSource, target: ModelConfig, options: ConversionOptions, fitted: Fitted
+) -> BlockStream:
+    """The target as conversion would write it now."""
+    plan = {t.name: t.load for t in plan_conversion(source, target, options, fitted=fitted.values)}
+    return BlockStream(target, lambda name: plan[name]())
+
+
+@torch.no_grad()
+def _after(block: Block, sinks: Tensor) -> Tensor:
+    """The stream of sinks after a block of the target; no token changes it."""
+    return block.begin(sinks)[0]
+
+
+@torch.no_grad()
+def _student(  # noqa: PLR0913 - one layer of a conversion, and the sinks that reach it
     source: TensorSource,
     target: ModelConfig,
     options: ConversionOptions,
     fitted: Fitted,
     layer: int,
-) -> Mixer:
-    """The linear mixer of one layer as conversion would start it; new parameters are trainable."""
-    plan = {t.name: t.load for t in plan_conversion(source, target, options, fitted=fitted.values)}
-    mixer = BlockStream(target, lambda name: plan[name]()).block(layer).mixer
+    sinks: Tensor | None,
+) -> _Student:
+    """The mixer of one layer as conversion would start it; new parameters are trainable."""
+    block = _planned_stream(source, target, options, fitted).block(layer)
+    mixer = block.mixer
     assert mixer is not None
+    assert block.mixer_norm is not None
     for name, parameter in mixer.named_parameters():
         if is_new_parameter(mixer_name(layer, name)):
             parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
-    return mixer
+    return _Student(mixer, None if sinks is None else block.mixer_norm(sinks))
 
 
 def _align(  # noqa: PLR0913 - one layer with its teacher, texts and options
     teacher: Block,
-    student: Mixer,
+    student: _Student,
     walks: list[_Walk],
     layer: int,
     options: AlignmentOptions,
@@ -240,18 +276,18 @@ def _align(  # noqa: PLR0913 - one layer with its teacher, texts and options
     if not is_better:
         logger.warning("alignment of layer %d kept its start: %.4g to %.4g", layer, before, after)
         return
-    for name, parameter in student.named_parameters():
+    for name, parameter in student.mixer.named_parameters():
         if parameter.requires_grad:
             note = f"aligned on {num_tokens} tokens"
             fitted.values[mixer_name(layer, name)] = (parameter.detach().clone(), note)
 
 
-def _train(teacher: Block, student: Mixer, walk: _Walk, options: AlignmentOptions) -> None:
+def _train(teacher: Block, student: _Student, walk: _Walk, options: AlignmentOptions) -> None:
     """AdamW on the squared error over the teacher's power."""
     optimizer = torch.optim.AdamW(
         [
             {"params": [p], "lr": options.learning_rate * min(1.0, _TUNED_WIDTH / p.shape[-1])}
-            for p in student.parameters()
+            for p in student.mixer.parameters()
             if p.requires_grad
         ],
         weight_decay=0.0,
@@ -269,7 +305,7 @@ def _train(teacher: Block, student: Mixer, walk: _Walk, options: AlignmentOption
                 schedule.step()
 
 
-def _errors(teacher: Block, student: Mixer, walk: _Walk) -> Iterator[tuple[Tensor, Tensor]]:
+def _errors(teacher: Block, student: _Student, walk: _Walk) -> Iterator[tuple[Tensor, Tensor]]:
     """Per row: summed squared error of the mixer's output, and the teacher's summed square."""
     assert teacher.mixer is not None
     for x, sequence in walk.inputs(teacher):
@@ -280,7 +316,7 @@ def _errors(teacher: Block, student: Mixer, walk: _Walk) -> Iterator[tuple[Tenso
 
 
 @torch.no_grad()
-def _relative_error(teacher: Block, student: Mixer, walk: _Walk) -> float:
+def _relative_error(teacher: Block, student: _Student, walk: _Walk) -> float:
     """Root of squared error over the teacher's square, all rows together."""
     errors = list(_errors(teacher, student, walk))
     return float((sum(e for e, _ in errors) / sum(p for _, p in errors)) ** 0.5)

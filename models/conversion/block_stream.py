@@ -87,6 +87,13 @@ class BlockStream:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return [F.embedding(row[None], weight).to(dtype) for row in rows.tokens]
 
+    def sinks(self) -> Tensor | None:
+        """The stream of sinks before the first block `[1, S, D]`, where the model has any."""
+        if not self.config.uses_sinks:
+            return None
+        weight = self.load("sinks.weight")
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))[None]
+
     def block(self, layer: int) -> Block:
         """Block `layer` with its weights, without gradients."""
         mixers = self.config.layers.mixers[layer]
@@ -111,10 +118,18 @@ class BlockStream:
 
 
 @torch.no_grad()
-def advance(block: Block, hidden: list[Tensor], sequences: list[SequenceContext]) -> None:
-    """Replace every row's residual stream by the block's output."""
+def advance(
+    block: Block,
+    hidden: list[Tensor],
+    sequences: list[SequenceContext],
+    sinks: Tensor | None = None,
+) -> Tensor | None:
+    """Replace every row's residual stream by the block's output; returns that of sinks."""
+    after = None
     for row, sequence in enumerate(sequences):
-        hidden[row] = block(hidden[row], sequence)
+        out = block(hidden[row], sequence, sinks=sinks)
+        hidden[row], after = out if sinks is not None else (out, None)
+    return after
 
 
 def fill(module: nn.Module, prefix: str, load: Callable[[str], Tensor]) -> None:

@@ -27,6 +27,7 @@ _RIDGE = 1e-6
 def fit_branch_norms(
     teacher: Mixer,
     student: Mixer,
+    run: Callable[[Tensor, SequenceContext], Tensor],
     inputs: Iterable[tuple[Tensor, SequenceContext]],
     config: ModelConfig,
 ) -> dict[str, Tensor]:
@@ -35,6 +36,7 @@ def fit_branch_norms(
     Args:
         teacher: the source's mixer.
         student: the target's, whose norms of branches still have weights of 1.
+        run: runs the target's mixer (with its sinks) on tokens.
         inputs: what the source's mixer reads.
         config: the target.
     """
@@ -45,7 +47,7 @@ def fit_branch_norms(
     moment: Tensor | float = 0.0
     for x, sequence in inputs:
         outputs.clear()
-        student(x, sequence)
+        run(x, sequence)
         wanted = teacher.attend(x, sequence)[0] if is_before else teacher(x, sequence)
         normed = torch.stack([out.flatten(0, -2) for out in outputs]).double()
         gram = gram + torch.einsum("imc,jmc->cij", normed, normed)

@@ -136,15 +136,16 @@ class _Side:
     stream: BlockStream
     rows: SampleRows
     hidden: list[Tensor] = field(init=False)
+    sinks: Tensor | None = field(init=False)
     sequences: list[SequenceContext] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.hidden = self.stream.embed(self.rows)
+        self.hidden, self.sinks = self.stream.embed(self.rows), self.stream.sinks()
         self.sequences = self.rows.sequences()
 
     def step(self, block: Block) -> None:
         """Run the next block."""
-        advance(block, self.hidden, self.sequences)
+        self.sinks = advance(block, self.hidden, self.sequences, self.sinks)
 
 
 class _Ratios:

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from models.conversion.huggingface import TensorSource
-from models.conversion.new_parameters import ConversionOptions, KeyBias, gate_bias_of, xavier
+from models.conversion.new_parameters import (
+    ConversionOptions,
+    KeyBias,
+    gate_bias_of,
+    normal,
+    xavier,
+)
 from models.conversion.source_checks import (
     becomes_new,
     check_source,
@@ -30,10 +36,15 @@ from models.conversion.weight_map import (
     HEAD_NORM,
     MERGE,
     OUTPUT_NORM,
+    SINKS,
     theirs,
     transformer_name,
 )
-from models.layouts import is_new_parameter, parameter_layouts, refuse_unsupported
+from models.layouts import is_new_parameter, parameter_layouts
+from models.mixer_config import SinkInit
+
+_SINK_NOISE = 0.1
+"""Of `initializer_range`, on copies of one embedding."""
 
 
 def plan_conversion(
@@ -60,7 +71,6 @@ def plan_conversion(
     options = options or ConversionOptions()
     config = read_config(source.config)
     format = read_format(source.config)
-    refuse_unsupported(target)
     check_target(config, target)
     check_source(source, config, format)
     planner = _Planner(source, target, options, fitted or {}, scales or {})
@@ -138,6 +148,8 @@ class _Planner:
     def _new(self, name: str, shape: tuple[int, ...]) -> TargetTensor:
         if ".router." in name:
             return self._experts.router(name, shape)
+        if name == SINKS:
+            return self._sinks(shape)
         dtype, seed, bias = self._new_dtype, self._options.seed, self._bias
         ones = ("ones", lambda: torch.ones(shape, dtype=dtype))
         starts: dict[str, tuple[str, Callable[[], Tensor]]] = {
@@ -148,3 +160,22 @@ class _Planner:
         }
         note, load = starts[".".join(name.split(".")[-2:])]
         return TargetTensor(name, shape, dtype, Origin(OriginKind.new, (), note), load)
+
+    def _sinks(self, shape: tuple[int, ...]) -> TargetTensor:
+        """Drawn, or copies of the BOS token's embedding with a little noise, so that they part."""
+        dtype, seed, std = self._new_dtype, self._options.seed, self._target.initializer_range
+        if self._target.sinks.init is SinkInit.random:
+            origin = Origin(OriginKind.new, (), f"normal, standard deviation {std:g}")
+            return TargetTensor(
+                SINKS, shape, dtype, origin, lambda: normal(SINKS, shape, seed, std).to(dtype)
+            )
+        known = theirs("embedding.weight", self._format)
+        token = self._target.bos_token_id
+        assert known is not None
+
+        def load() -> Tensor:
+            noise = normal(SINKS, shape, seed, _SINK_NOISE * std)
+            return self._source.load(known)[token].to(dtype) + noise.to(dtype)
+
+        note = f"embedding of token {token}, noise of standard deviation {_SINK_NOISE * std:g}"
+        return TargetTensor(SINKS, shape, dtype, Origin(OriginKind.new, (known,), note), load)

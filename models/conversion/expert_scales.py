@@ -42,17 +42,17 @@ def measure_scales(  # noqa: PLR0913 - source, target, options, what is fitted a
         return BlockStream(target, lambda name: by_name[name].load())
 
     stream, sequences = planned(), rows.sequences()
-    hidden = stream.embed(rows)
+    hidden, sinks = stream.embed(rows), stream.sinks()
     for done, layer in enumerate(range(max(layers, default=-1) + 1), start=1):
         block = stream.block(layer)
         if layer in layers:
             assert isinstance(block.ffn, MixtureOfExperts)
             weights = _WeightSum(block.ffn)
-            advance(block, list(hidden), sequences)
+            advance(block, list(hidden), sequences, sinks)
             scales[layer] = 1 / (target.moe.num_shared_experts + weights.mean())
             stream = planned()
             block = stream.block(layer)
-        advance(block, hidden, sequences)
+        sinks = advance(block, hidden, sequences, sinks)
         if progress is not None:
             progress("measure experts", done, max(layers) + 1)
     return scales

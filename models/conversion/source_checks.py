@@ -10,7 +10,7 @@ from models.conversion.huggingface import TensorSource
 from models.conversion.weight_map import IGNORED_SOURCE, KEY_BIAS, mixer_name, theirs
 from models.layer_pattern import FfnKind, MixerKind, Mixers
 from models.layouts import parameter_layouts
-from models.mixer_config import BranchProjections
+from models.mixer_config import BranchProjections, SinkInit
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,21 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
         )
     _check_mixers(source, target)
     _check_ffns(source, target)
+    _check_sinks(source, target)
+
+
+def _check_sinks(source: ModelConfig, target: ModelConfig) -> None:
+    if source.uses_sinks and source.sinks != target.sinks:
+        raise ValueError(
+            f"model.sinks ({target.sinks}) must equal the source's, which has them: got "
+            f"{source.sinks}."
+        )
+    token, is_read = target.bos_token_id, target.uses_sinks and target.sinks.init is SinkInit.bos
+    if is_read and token is not None and not 0 <= token < target.vocab_size:
+        raise ValueError(
+            f"model.bos_token_id ({token}) must have an embedding for sinks.init (bos): got "
+            f"vocab_size {target.vocab_size}. Set model.bos_token_id, or sinks.init=random."
+        )
 
 
 def _check_mixers(source: ModelConfig, target: ModelConfig) -> None:

@@ -136,6 +136,7 @@ def _rules(config: ModelConfig, format: Format) -> list[_Rule]:
     rules = [
         _Rule(kinds <= allowed, "mixers", config.mixers, f"only {letters}"),
         _Rule(dense, "ffns", config.ffns, "only d"),
+        _Rule(not config.uses_sinks, "sinks.num_tokens", config.sinks.num_tokens, "0"),
         _Rule(config.qk_norm == (format is Format.qwen3), "qk_norm", config.qk_norm,
               str(format is Format.qwen3).lower()),
         *_bias_rules(config, format),

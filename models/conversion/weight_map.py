@@ -45,6 +45,7 @@ IGNORED_SOURCE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fre
 
 GATE_DOWN, GATE_UP, GATE_BIAS = "gate_down.weight", "gate_up.weight", "gate_up.bias"
 HEAD_NORM, OUTPUT_NORM, MERGE = "head_norm.weight", "output_norm.weight", "merge.weight"
+SINKS = "sinks.weight"
 KEY_WEIGHT, KEY_BIAS = "k_proj.weight", "k_proj.bias"
 
 

@@ -21,6 +21,7 @@ QUICKSTART = ("parallel.tp=2", "parallel.pp=4", "training.microbatch_rows=1")
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "cpt_7b": ("parallel.tp=4", "parallel.pp=8", "parallel.schedule=interleaved",
                "parallel.sequence_parallel=true"),
+    "cpt_76b": (),
     "curriculum_tiny": (*SMALL, "parallel.dp_replicate=4", *(
         f"stages.cpt_{name}.global_batch_tokens=16_384" for name in ("8k", "32k", "128k"))),
     "quickstart_base": (*QUICKSTART, "stages.base.global_batch_tokens=65_536"),
@@ -29,8 +30,11 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
                             "parallel.schedule=zero_bubble"),
     "quickstart_scratch": (*QUICKSTART, "stages.continue.global_batch_tokens=65_536",
                            "parallel.stage_layers=[2,1,1,0]"),
+    "spikingbrain_nano_moe": (*QUICKSTART, "parallel.ep=4",
+                              "stages.continue.global_batch_tokens=65_536"),
     "smoke": SMALL,
     "smoke_fp32": (*SMALL, "parallel.sequence_parallel=true"),
+    "smoke_moe": (*SMALL, "parallel.sequence_parallel=true"),
 }  # fmt: skip
 
 
@@ -49,7 +53,7 @@ def test_every_experiment_has_a_layout_for_512_ranks(name: str) -> None:
     with fake_mesh(config.parallel, rank=NUM_RANKS - 1, world_size=NUM_RANKS) as mesh:
         assert mesh.pp_size * mesh.dp_size * mesh.tp_size == NUM_RANKS
         assert mesh.pp_size > 1
-        assert mesh.tp_size > 1
+        assert mesh.tp_size > 1 or mesh.ep_size > 1
         check_layout(config, build_plan(config), dp_size=mesh.dp_size)
         stages = cut_stages(config)
         lines = list(layout_lines(config, mesh, kernels=("fla", "flash_attn")))
@@ -62,8 +66,11 @@ def test_every_experiment_has_a_layout_for_512_ranks(name: str) -> None:
     assert [stage.index for stage in stages if stage.has_embedding] == [0]
     assert [stage.index for stage in stages if stage.has_head] == [len(stages) - 1]
     assert f"512 ranks = pp {mesh.pp_size} x dp {mesh.dp_size} x tp {mesh.tp_size}" in lines[1]
+    if mesh.ep_size > 1:
+        each = config.model.moe.num_experts // mesh.ep_size
+        assert f"experts over ep {mesh.ep_size} of dp, {each} a rank" in lines
     shares = [int(share) for line in lines for share in re.findall(r" (\d+)% ", line)]
-    assert len(shares) == config.parallel.pp
+    assert len(shares) == config.parallel.pp, "every experiment's memory is planned"
     assert sum(shares) == pytest.approx(100, abs=config.parallel.pp / 2)
 
 

@@ -20,9 +20,9 @@ from launch.bench_ranks import on_ranks
 from launch.bench_rows import Row
 from parallel.backend.cpu import CpuBackend
 from parallel.backend.cuda import CudaBackend
-from parallel.collective_bytes import Kind, Traffic
 from parallel.config import ParallelConfig
 from parallel.mesh import close, init
+from parallel.traffic import Kind, Traffic
 from tests.launch.tiny_bench import setting
 from tests.models.tiny import tiny_config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,42 @@ def test_a_plan_says_everything_about_each_stage() -> None:
         assert words in text, words
 
 
+def test_a_plan_of_experts_says_who_holds_them_and_what_they_send() -> None:
+    text = planned_text("experiment=cpt_76b", "plan.device=c550")
+    assert "76,055,286,272 parameters | bf16" in text
+    assert "512 x c550" in text
+    layout = (
+        "pp 4 (one_f_one_b) x dp 128 (gradients) with ep 8, 1 row, "
+        "recompute selective (norms, activations, experts)"
+    )
+    assert text.count(layout) == 3
+    words = ("rows of experts", "all-to-all", "edp_shard", "routing", "loaded them evenly")
+    assert all(each in text for each in words)
+    # The 8k stage fits the report's devices; the others wait for sequences cut over ranks.
+    assert [text.count(f"  {verdict}: ") for verdict in ("fits", "does NOT fit")] == [1, 2]
+
+
+def test_the_search_cuts_experts_too() -> None:
+    overrides = ("model=spikingbrain_nano_moe", "training.precision=bf16", "plan.num_devices=8")
+    config = load("experiment=smoke_fp32", *overrides, "plan.search=true", "plan.top=1000")
+    found = search(config, H100, 8, 1000)
+    layouts = [run.first.layout for run in found.best]
+    assert {layout.ep for layout in layouts} == {1, 2, 4}
+    assert all(layout.dp % layout.ep == 0 for layout in layouts)
+    assert any("with ep 4" in describe(run.first) for run in found.best)
+    dense = load("experiment=smoke_fp32", "plan.num_devices=8", "plan.search=true")
+    assert {run.first.layout.ep for run in search(dense, H100, 8, 1000).best} == {1}
+
+
+def test_a_cut_of_experts_that_dp_does_not_have_is_refused_with_its_reason() -> None:
+    config = load(
+        "experiment=smoke_fp32", "model=spikingbrain_nano_moe", "model.moe.num_experts=6",
+        "plan.num_devices=8", "plan.search=true",
+    )  # fmt: skip
+    reasons = [reason for reason, _ in search(config, H100, 8, 1).refused]
+    assert any(re.match(r"parallel\.ep \(3\) must divide parallel\.dp", each) for each in reasons)
+
+
 def test_kernels_are_those_of_the_precision() -> None:
     for precision, kernels in (
         ("bf16", "fla and flash_attn"),
@@ -117,6 +154,10 @@ def test_the_given_layout_says_how_many_devices() -> None:
     ("overrides", "message"),
     [
         (["parallel.tp=3"], r"parallel\.tp \(3\) must divide model\.num_attention_heads: got 8"),
+        (
+            ["model=spikingbrain_nano_moe", "parallel.ep=3", "plan.num_devices=3"],
+            r"parallel\.ep \(3\) must divide model\.moe\.num_experts: got 4",
+        ),
         (["parallel.pp=8"], r"parallel\.pp \(8\) must give at most one stage a layer"),
         (
             ["plan.num_devices=5", "parallel.tp=2"],

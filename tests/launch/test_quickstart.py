@@ -11,7 +11,15 @@ import pytest
 
 from launch.compose import compose_mapping, load_config
 from launch.quickstart import _Progress, _run, verdict, write_summary
-from launch.quickstart_plan import VARIANTS, Part, QuickstartConfig, Size, plan_parts
+from launch.quickstart_plan import (
+    MOE_VARIANTS,
+    VARIANTS,
+    Part,
+    QuickstartConfig,
+    Size,
+    Target,
+    plan_parts,
+)
 from launch.quickstart_record import Record, code_stamp
 from parallel.backend.cpu import CpuBackend
 from parallel.config import BackendName
@@ -28,11 +36,12 @@ CONFIG_NAMES = {
 
 
 @pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("model", list(Target))
 @pytest.mark.parametrize("size", list(Size))
 def test_every_part_is_a_command_line_that_composes(
-    tmp_path: Path, size: Size, teacher: bool
+    tmp_path: Path, size: Size, model: Target, teacher: bool
 ) -> None:
-    parts = list(plan_parts(QuickstartConfig(size=size, teacher=teacher), tmp_path))
+    parts = list(plan_parts(QuickstartConfig(size=size, model=model, teacher=teacher), tmp_path))
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
         arguments = list(part.arguments)
@@ -73,18 +82,29 @@ def test_each_size_has_a_folder_of_its_own() -> None:
 
 
 def test_control_continued_and_scratch_see_the_same_samples(tmp_path: Path) -> None:
-    parts = {part.name: part for part in plan_parts(QuickstartConfig(), tmp_path)}
+    config = QuickstartConfig(model=Target.moe)
+    parts = {part.name: part for part in plan_parts(config, tmp_path)}
     seen = []
-    for name in ("control", "continue", "scratch"):
+    for name in ("control", "continue", "scratch", "moe_continue"):
         composed = compose_mapping("train", RunConfig, list(parts[name].arguments))
         seen.append({key: composed[key] for key in ("seed", "stages", "data", "schedule")})
-    assert seen[0] == seen[1] == seen[2]
+    assert seen[0] == seen[1] == seen[2] == seen[3]
+
+
+def test_the_second_model_comes_after_all_of_the_first(tmp_path: Path) -> None:
+    """So that what is there already stays."""
+    first = list(plan_parts(QuickstartConfig(), tmp_path))
+    both = list(plan_parts(QuickstartConfig(model=Target.moe), tmp_path))
+    assert both[: len(first) - 1] == first[:-1]
+    assert both[-1] == first[-1]
+    evaluated = [part.name for part in both[len(first) - 1 : -1] if part.module == "evaluate"]
+    assert evaluated == [f"evaluate_{name}" for name in MOE_VARIANTS]
 
 
 def test_spikes_begin_half_way(tmp_path: Path) -> None:
     for size in Size:
-        for part in plan_parts(QuickstartConfig(size=size), tmp_path):
-            if part.name not in ("continue", "scratch"):
+        for part in plan_parts(QuickstartConfig(size=size, model=Target.moe), tmp_path):
+            if part.name not in ("continue", "scratch", "moe_continue"):
                 continue
             composed = compose_mapping("train", RunConfig, list(part.arguments))
             steps = composed["training"]["max_steps"] or composed["stages"]["continue"]["steps"]
@@ -115,6 +135,22 @@ def test_the_verdict_names_what_is_missed(changed: dict[str, float], missed: lis
     lines = verdict(perplexities(**changed))
     assert [line.split(":")[0] for line in lines if line.endswith("MISSED")] == missed
     assert sum(line.endswith(" met") for line in lines) == 4 - len(missed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "missed"),
+    [
+        ({}, []),
+        ({"moe_continued": 8.9, "moe_spiked": 8.9}, ["moe_continued <= 1.10 x control"]),
+        ({"moe_spiked": 8.9}, ["moe_spiked <= 1.01 x moe_continued"]),
+    ],
+)
+def test_the_verdict_judges_the_second_model(changed: dict[str, float], missed: list[str]) -> None:
+    moe = {"moe_converted": 30.0, "moe_continued": 8.7, "moe_spiked": 8.75}
+    lines = verdict(perplexities(**(moe | changed)))
+    assert [line.split(":")[0] for line in lines if line.endswith("MISSED")] == missed
+    assert sum(line.endswith(" met") for line in lines) == 6 - len(missed)
+    assert "moe_converted 30.00" in lines[0]
 
 
 def test_the_summary_takes_each_variant_from_its_own_evaluation(tmp_path: Path) -> None:

@@ -169,16 +169,3 @@ def test_new_parameters_are_gates_and_head_norms_only() -> None:
         "blocks.0.mixer.gate_down.weight", "blocks.0.mixer.gate_up.weight",
         "blocks.0.mixer.gate_up.bias", "blocks.0.mixer.head_norm.weight",
     }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sinks": SinkConfig(num_tokens=3)}, r"sinks\.num_tokens \(3\) must be 0"),
-    ],
-)
-def test_patterns_of_later_releases_are_refused_by_name(
-    changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        Model(tiny_config(**changes))

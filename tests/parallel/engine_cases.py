@@ -17,7 +17,13 @@ from models.expert_config import ExpertConfig
 from models.initialisation import tensor_for
 from models.layouts import parameter_layouts
 from models.lesson import Goals
-from models.mixer_config import BranchConfig, FeatureMap, GateKind, LinearAttentionConfig
+from models.mixer_config import (
+    BranchConfig,
+    FeatureMap,
+    GateKind,
+    LinearAttentionConfig,
+    SinkConfig,
+)
 from models.model import Model
 from models.recomputation import Recomputation
 from models.spiking.neurons import Spikes
@@ -62,7 +68,8 @@ class Case:
     `recompute` drops the first two blocks, `selective` norms, activations and mixers of all, and of
     experts one layer whole and what others do inside. `branches` makes every mixer of the cuttable
     model two parallel ones with a key-tied gate, `moe` every other layer one of experts, whose
-    routers start at zero with `ties`.
+    routers start at zero with `ties`. `sinks` gives it sink tokens, `teacher_sinks` the teacher
+    and, where no streams are compared, a width of its own.
     """
 
     parallel: ParallelConfig = ParallelConfig()
@@ -81,6 +88,8 @@ class Case:
     precision: Precision = Precision.fp64
     moe: ExpertConfig | None = None
     ties: bool = False
+    sinks: SinkConfig = SinkConfig()
+    teacher_sinks: SinkConfig = SinkConfig()
 
     def oracle(self) -> Case:
         return Case(
@@ -94,6 +103,8 @@ class Case:
             branches=self.branches,
             moe=self.moe,
             ties=self.ties,
+            sinks=self.sinks,
+            teacher_sinks=self.teacher_sinks,
         )
 
 
@@ -171,6 +182,7 @@ def cuttable_config(case: Case) -> ModelConfig:
         mixers=mixers,
         ffns="d*4",
         branches=case.branches or BranchConfig(),
+        sinks=case.sinks,
         qkv_bias=True,
         output_bias=True,
         ffn_bias=True,
@@ -347,10 +359,17 @@ def statistics_of(recorder: SpikeRecorder) -> dict[str, float]:
 
 
 def teacher_config(case: Case) -> ModelConfig:
-    """A plain Transformer of the student's sizes with a head of its own."""
-    layers = config_of(case).num_hidden_layers
-    mixers, ffns = f"F*{layers}", f"d*{layers}"
-    return replace(config_of(case), mixers=mixers, ffns=ffns, tie_word_embeddings=False)
+    """A plain Transformer of the student's sizes with a head of its own, or one with sinks."""
+    config, goals = config_of(case), case.teacher
+    layers, is_free = config.num_hidden_layers, goals is not None and goals.hidden == 0
+    return replace(
+        config,
+        mixers=f"F*{layers}",
+        ffns=f"d*{layers}",
+        tie_word_embeddings=False,
+        sinks=case.teacher_sinks,
+        hidden_size=32 if case.teacher_sinks.num_tokens and is_free else config.hidden_size,
+    )
 
 
 def teacher_model(case: Case) -> Model:

@@ -134,13 +134,15 @@ def learned(
     assert goals is not None
     streams: dict[Model, list[Tensor]] = {student: [], teacher: []}
     logits = {}
-    for model, spikes in ((student, spikes_of(case)), (teacher, None)):
+    for model, spikes, routing in ((student, spikes_of(case), ROUTING), (teacher, None, None)):
 
         def keep(_layer: int, x: Tensor, model: Model = model) -> Tensor:
             streams[model].append(x)
             return x
 
-        hidden = model.hidden_states(rows.tokens, sequence, spikes=spikes, observe=keep)
+        hidden, _ = model.streams(
+            rows.tokens, sequence, spikes=spikes, routing=routing, observe=keep
+        )
         logits[model] = model.apply_head(hidden) / goals.temperature
     counted = rows.labels != -100
     kl = torch.nn.functional.kl_div(
@@ -149,6 +151,8 @@ def learned(
         log_target=True,
         reduction="sum",
     )
+    if goals.hidden == 0:
+        return goals.kl * goals.temperature**2 * kl
     pairs = zip(streams[student], streams[teacher], strict=True)
     mse = sum((s - t.detach())[counted].square().mean(-1).sum() for s, t in pairs)
     return goals.kl * goals.temperature**2 * kl + goals.hidden * mse

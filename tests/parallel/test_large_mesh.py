@@ -15,12 +15,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from models.config import ModelConfig
 from models.layouts import parameter_layouts
 from models.mixer_config import SinkConfig
+from models.model import Model
 from models.recomputation import NOTHING
 from parallel.assembly import Blueprint, build_parts, own_parts
 from parallel.axes import axis_sizes, expert_axis_sizes
+from parallel.boxes import local_of
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.mesh import Mesh, Place
 from parallel.pipeline_cut import cut
+from parallel.planned import Assignment, Job, Layout
+from parallel.rank_memory import rank_memory
 from parallel.rank_parameters import RankParameters
 from tests.models.test_cost import SPIKINGBRAIN_7B, SPIKINGBRAIN_76B
 from tests.support.fake_ranks import fake_mesh
@@ -155,14 +159,19 @@ def test_experts_lie_over_the_innermost_part_of_all_data_parallel_ranks(
 Boxes = dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]]
 
 
-def boxes_of(config: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> tuple[Boxes, int]:
-    """Offsets and shapes of a rank's parameters without padding, and how many numbers it holds."""
+def build(config: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> list[Model]:
+    """A rank's parts on the meta device."""
     stages = cut(config, parallel, sequence_length=8192)
     blueprint = Blueprint(
         config=config, spiking=None, precision=Precision.bf16, kernels=None,
         recompute=NOTHING, loss_chunk_tokens=1024,
     )  # fmt: skip
-    parts = build_parts(blueprint, own_parts(config, stages, mesh), (), parallel, mesh)
+    return build_parts(blueprint, own_parts(config, stages, mesh), (), parallel, mesh)
+
+
+def boxes_of(config: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> tuple[Boxes, int]:
+    """Offsets and shapes of a rank's parameters without padding, and how many numbers it holds."""
+    parts = build(config, parallel, mesh)
     own = RankParameters.of(parts, parameter_layouts(config), mesh)
     boxes: Boxes = {}
     for name in own:
@@ -263,3 +272,19 @@ def test_512_ranks_share_out_the_experts_of_the_76b() -> None:
         dp_rank = last.index(rank)
         assert size == (moe.num_experts // 8, channels, config.hidden_size)
         assert offsets == (2 * (dp_rank % 8), dp_rank // 8 * channels, 0)
+
+
+def test_what_ranks_of_the_76b_hold_is_what_is_planned() -> None:
+    """On 512 ranks of the report's layout, of every stage: parameters at rest, to the byte."""
+    parallel = ParallelConfig(pp=4, dp=128, ep=8)
+    config = replace(SPIKINGBRAIN_7B, **{**SPIKINGBRAIN_76B, "sinks": SinkConfig()})
+    job = Job(model=config, precision=Precision.bf16, length=8192, rows=512, microbatch_rows=1)
+    layout = Layout.of(parallel, NUM_RANKS)
+    for rank in range(0, NUM_RANKS, 128):
+        with fake_mesh(parallel, rank=rank, world_size=NUM_RANKS) as mesh:
+            parts = build(config, parallel, mesh)
+            shards = [local_of(each) for part in parts for each in part.parameters()]
+        given = Assignment.of(job, layout)
+        assert rank_memory(given, rank // 128).weights == sum(
+            shard.untyped_storage().nbytes() for shard in shards
+        )

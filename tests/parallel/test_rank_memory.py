@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from models.mixer_config import (
 from models.recomputation import Recomputation
 from parallel.boxes import local_of
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
-from parallel.planned import Job
+from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import RankMemory, rank_memory
 from tests.parallel.planned_runs import SPIKING, RealRun, job_of, storage_bytes
 from tests.support.allocations import peak_bytes, resting_bytes
@@ -57,6 +58,8 @@ TIGHT = replace(MOE, top_k=2, capacity_factor=1.0, z_loss_coefficient=0.1)
 # Dropless, but as even as it can be.
 EVERY = replace(MOE, num_experts=2, top_k=2)
 DROPLESS, CAPACITY, EVEN = ({"ffns": "d e e e", "moe": moe} for moe in (MOE, TIGHT, EVERY))
+# Experts that take more than what they make.
+LARGE = {"ffns": "d e e e", "moe": replace(TIGHT, intermediate_size=400)}
 E = frozenset({1, 2, 3})
 # What a microbatch leaves behind adds up.
 MANY = job_of(rows=16, microbatch_rows=1)
@@ -101,16 +104,10 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
         (job_of(), ParallelConfig(tp=2, sequence_parallel=True)),
         (job_of(model=BRANCHES), ParallelConfig(tp=2, sequence_parallel=True)),
         (job_of(model=APART), ParallelConfig(shard=Shard.parameters)),
-        *(
-            (job_of(model=model), parallel)
-            for model in (EVEN, CAPACITY)
-            for parallel in (
-                ParallelConfig(ep=2),
-                ParallelConfig(ep=2, shard=Shard.parameters),
-                ParallelConfig(ep=2, shard=Shard.none),
-                ParallelConfig(tp=2, sequence_parallel=True),
-            )
-        ),
+        (job_of(model=EVEN), ParallelConfig(ep=2)),
+        (job_of(model=EVEN), ParallelConfig(ep=2, shard=Shard.parameters)),
+        (job_of(model=EVEN), ParallelConfig(tp=2, sequence_parallel=True)),
+        (job_of(model=CAPACITY), ParallelConfig(ep=2, shard=Shard.none)),
         (job_of(model=CAPACITY, spiking=SPIKING), ParallelConfig(ep=2)),
         (job_of(model=CAPACITY, precision=Precision.bf16), ParallelConfig(ep=2)),
         (job_of(model=CAPACITY, recompute=Recomputation(experts=E)), ParallelConfig(ep=2)),
@@ -126,6 +123,14 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
             ),
             ParallelConfig(pp=2),
         ),
+    ],
+    4: [
+        (job_of(model=LARGE, length=16, rows=16, precision=precision), parallel)
+        for precision, parallel in (
+            (Precision.fp32, ParallelConfig(ep=2, shard=Shard.parameters)),
+            (Precision.bf16, ParallelConfig(ep=2, dp_replicate=2)),
+            (Precision.bf16, ParallelConfig(ep=2, pp=2)),
+        )
     ],
 }  # fmt: skip
 
@@ -163,7 +168,10 @@ def measure_all(rank: int, world_size: int) -> list[tuple[Measured, RankMemory]]
     return [measure(job, parallel) for job, parallel in CASES[world_size]]
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+SLOW = [pytest.param(size, marks=pytest.mark.slow) for size in (2, 4)]
+
+
+@pytest.mark.parametrize("world_size", [1, *SLOW])
 def test_memory_is_that_of_a_real_run(world_size: int, tmp_path: Path) -> None:
     results = run_ranks(measure_all, world_size, tmp_path=tmp_path)
     for index, (_, parallel) in enumerate(CASES[world_size]):
@@ -174,6 +182,25 @@ def test_memory_is_that_of_a_real_run(world_size: int, tmp_path: Path) -> None:
             assert planned.optimizer == measured.optimizer, (rank, parallel)
             error = planned.peak / measured.peak - 1
             assert abs(error) < PEAK_TOLERANCE, (rank, parallel, error)
+
+
+@pytest.mark.parametrize(
+    ("model", "elements"),
+    [
+        ({"ffns": "d*4"}, 128 * 176),
+        ({"ffns": "d*4", "intermediate_size": 16}, 128 * 64),
+        # Twice as many rows as tokens; an expert as wide as the dense layer.
+        ({"ffns": "d e e e", "moe": ExpertConfig(num_experts=4, top_k=2)}, 2 * 128 * 176),
+        ({"ffns": "d e e e", "moe": replace(TIGHT, intermediate_size=80)}, 128 * 176),
+        ({"ffns": "e*4", "moe": replace(TIGHT, num_shared_experts=3)}, 128 * 3 * 88),
+        ({"ffns": "e*4", "moe": replace(TIGHT, capacity_factor=1.5)}, 128 * 3 * 88),
+    ],
+)
+def test_the_largest_neuron_is_that_of_the_widest_site(
+    model: dict[str, Any], elements: int
+) -> None:
+    given = Assignment.of(job_of(model=model, spiking=SPIKING), Layout.of(ParallelConfig(), 1))
+    assert rank_memory(given, 0).neurons == elements * (4 + 4)
 
 
 SIX = ExpertConfig(num_experts=6, intermediate_size=48, top_k=2, balance=Balance.bias)

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from models.cost import flops_per_token, mean_visible
-from models.recomputation import Recomputation
+from models.expert_config import ExpertConfig
+from models.recomputation import NOTHING, Recomputation
 from parallel.backend.cuda import table_flops
 from parallel.backend.devices import Device, DeviceName, device_facts
-from parallel.collective_bytes import Kind, Traffic, step_traffic
+from parallel.collective_bytes import step_traffic
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
 from parallel.planned import Assignment, Job, Layout
 from parallel.rank_memory import rank_memory
 from parallel.roofline import EFFICIENCY, Efficiency, StepTime, _Clock, job_flops, step_time
+from parallel.traffic import Kind, Traffic
 from tests.models.test_cost import SPIKINGBRAIN_7B
 from tests.parallel.planned_runs import job_of
 
@@ -123,6 +125,46 @@ def test_a_ring_is_as_fast_as_its_slowest_link() -> None:
     clock = _Clock(given, device, replace(PERFECT, latency_seconds=0.25), 1e12, job_flops(job_of()))
     # tp stays within the node, dp reaches out of it; three calls.
     assert clock.seconds(traffic) == pytest.approx(0.5 + 1.0 + 3 * 0.25)
+
+
+EXPERTS = ExpertConfig(num_experts=4, num_shared_experts=1, top_k=2, intermediate_size=64)
+
+
+def time_of_experts(device: Device = FAST, again: Recomputation = NOTHING, **moe: Any) -> StepTime:
+    model = {"ffns": "d e d e", "moe": replace(EXPERTS, **moe)}
+    return time_of(job_of(model=model, recompute=again), layout_of(), device)
+
+
+def test_experts_take_the_time_of_their_flops_and_of_rows_that_only_fill_up() -> None:
+    job = job_of(model={"ffns": "d e d e", "moe": EXPERTS})
+    tokens, one_visit = job.rows * job.length, 6 * 64 * 64
+    plain = time_of_experts()
+    assert plain.flops_per_token == job_flops(job).total
+    even = time_of_experts(capacity_factor=1.0)
+    assert even.seconds == pytest.approx(plain.seconds)
+    # Two layers, forward and twice backward, half of a token's two visits more.
+    longer = time_of_experts(capacity_factor=1.5).seconds - plain.seconds
+    assert longer == pytest.approx(2 * 3 * one_visit * tokens / 1e12)
+    assert time_of_experts(capacity_factor=1.5).flops_per_token == plain.flops_per_token
+
+
+def test_experts_that_run_again_take_their_forward_time() -> None:
+    layers, tokens, one_visit = frozenset({1, 3}), 8 * 64, 6 * 64 * 64
+    plain = time_of_experts().seconds
+    # Two visits, and two of the shared expert's three products.
+    experts = time_of_experts(again=Recomputation(experts=layers)).seconds - plain
+    assert experts == pytest.approx(2 * (2 + 2 / 3) * one_visit * tokens / 1e12)
+    whole = time_of_experts(again=Recomputation(expert_layers=layers)).seconds - plain
+    assert whole == pytest.approx(2 * 3 * one_visit * tokens / 1e12)
+
+
+def test_experts_are_read_however_few_rows_visit_them() -> None:
+    device = replace(FAST, peak_flops=lambda _: 1e30, memory_bandwidth=1e9)
+    sizes = {"intermediate_size": 4096, "num_shared_experts": 0}
+    found = [time_of_experts(device, num_experts=n, **sizes).compute for n in (4, 8)]
+    microbatches, layers, passes = 4, 2, 3
+    read = 4 * 3 * 64 * 4096 * 4 / 1e9
+    assert found[1] - found[0] == pytest.approx(microbatches * layers * passes * read, rel=0.01)
 
 
 def test_rows_of_experts_stay_within_their_part_of_dp() -> None:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from models.expert_config import ExpertConfig
 from models.grouped_linear import Groups
 from models.layers import LayerProvider, LocalLayers
+from models.mixer_config import SinkConfig
 from models.spiking.channels import TokenShare, mean_abs
 from parallel.config import ParallelConfig
 from parallel.tensor_parallel import (
     TensorParallelLayers,
     check_sequence_length,
+    check_sinks,
     check_tensor_parallel,
 )
 from tests.models.tiny import tiny_config
@@ -342,6 +344,20 @@ def test_a_tp_that_divides_heads_and_channels_passes() -> None:
         check_tensor_parallel(tiny_config(), tp)
     # The vocabulary is padded, so it need not be divided.
     check_tensor_parallel(tiny_config(num_key_value_heads=4, vocab_size=61), 4)
+
+
+@pytest.mark.parametrize(("count", "valid"), [(10, "8 or 12"), (3, "4")])
+def test_sinks_that_cannot_be_cut_are_refused(count: int, valid: str) -> None:
+    parallel = ParallelConfig(tp=4, sequence_parallel=True)
+    message = (
+        rf"model\.sinks\.num_tokens \({count}\) must be a multiple of parallel\.tp with "
+        rf"sequence_parallel: got 4\. Set it to {valid}, or parallel\.sequence_parallel=false\."
+    )
+    with pytest.raises(ValueError, match=message):
+        check_sinks(tiny_config(sinks=SinkConfig(num_tokens=count)), parallel)
+    check_sinks(tiny_config(), parallel)
+    check_sinks(tiny_config(sinks=SinkConfig(num_tokens=12)), parallel)
+    check_sinks(tiny_config(sinks=SinkConfig(num_tokens=count)), ParallelConfig(tp=4))
 
 
 @pytest.mark.parametrize(("length", "valid"), [(10, "8 or 12"), (3, "4")])

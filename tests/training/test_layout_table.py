@@ -97,13 +97,18 @@ def test_experts_are_said_to_be_shared_out() -> None:
     config = config_with(
         model={**FOUR_LAYERS, "ffns": "d e d e", "moe": {"num_experts": 8}}, parallel={"ep": 4}
     )
-    assert lines_of(config, 4)[2] == "experts over ep 4 of dp, 2 a rank"
+    lines = lines_of(config, 4)
+    assert lines[2] == "experts over ep 4 of dp, 2 a rank"
+    assert lines[3].startswith("planned memory of a rank in MiB")
+    assert lines[-1].startswith("  experts are counted as if routers loaded them evenly: without")
+    moe = {"num_experts": 8, "capacity_factor": 1.0}
+    config = config_with(model={**FOUR_LAYERS, "ffns": "d e d e", "moe": moe})
+    assert "evenly" not in lines_of(config, 1)[-1]
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ({"ffns": "d*3 e"}, r"ffns \(d\*3 e\) must be all d in a plan: got e"),
         ({"sinks": {"num_tokens": 4}}, r"sinks\.num_tokens \(4\) must be 0 in a plan"),
     ],
 )

@@ -23,6 +23,7 @@ from models.mixer_config import (
     LinearAttentionConfig,
     RopeConfig,
     RopeType,
+    SinkConfig,
 )
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_huggingface import same_bits
@@ -198,6 +199,10 @@ def test_missing_trained_length_is_written_out() -> None:
     ("config", "format", "message"),
     [
         (HYBRID, Format.qwen2, r"model.mixers \(L S L\) must be only F and S in the qwen2 format"),
+        (
+            plain(sinks=SinkConfig(num_tokens=3)), Format.qwen2,
+            r"model.sinks.num_tokens \(3\) must be 0 in the qwen2 format",
+        ),
         (plain(), Format.gla_swa, r"mixers \(F\*3\) must be only L and S in the gla_swa"),
         (dataclasses.replace(HYBRID, mixers="S*3"), Format.gla_swa, "must be a pattern with L"),
         (dataclasses.replace(HYBRID, mixers="L _ S"), Format.gla_swa, "must be only L and S"),
