@@ -23,12 +23,14 @@ from models.conversion.attention_transfer import (
     fit_new_parameters,
 )
 from models.conversion.certificate import build_certificate, compare_numerically
-from models.conversion.convert import TargetTensor, plan_conversion
+from models.conversion.convert import plan_conversion
+from models.conversion.expert_scales import measure_scales
 from models.conversion.huggingface import SafetensorsFolder, copy_tokenizer, write_json
-from models.conversion.new_parameters import KeyBias, NormInit
+from models.conversion.new_parameters import KeyBias, NormInit, UpcycleMode
 from models.conversion.own_format import read_spikes
-from models.conversion.source_checks import becomes_linear, warn_of_changes
+from models.conversion.source_checks import becomes_new, upcycled, warn_of_changes
 from models.conversion.source_config import read_config, read_format
+from models.conversion.target_tensor import TargetTensor
 from models.layer_pattern import LayerPattern
 from models.layouts import is_new_parameter
 from parallel.boxes import LazyTensor
@@ -44,7 +46,7 @@ def main(config: ConvertConfig) -> None:
     """Convert a Hugging Face folder to a Synfire checkpoint with a certificate.
 
     source=DIR out=DIR imports a model as it is; model=NAME or mixers='[L S]*n' window_tokens=W
-    make it another architecture. Streams tensor by tensor.
+    or ffns='[d e]*n' make it another architecture. Streams tensor by tensor.
     """
     convert(config)
 
@@ -66,7 +68,8 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     tokenizer = find_tokenizer(source.path)
     text = _sample(config, tokenizer)
     fitted = _fit(config, source, target, text)
-    plan = plan_conversion(source, target, config.options, fitted=fitted.values)
+    scales = _measure(config, source, target, text, fitted)
+    plan = plan_conversion(source, target, config.options, fitted=fitted.values, scales=scales)
     numeric = None
     if text is not None and config.certificate.numeric:
         numeric = compare_numerically(source, target, plan, text.evaluation, progress=_report)
@@ -83,11 +86,10 @@ def target_model(config: ConvertConfig, base: ModelConfig) -> ModelConfig:
     target = base if config.model is None else config.model
     changes: dict[str, Any] = {}
     if config.mixers is not None:
+        # Another depth is refused later, with both numbers.
         layers = len(LayerPattern.parse_mixers(config.mixers))
-        changes["mixers"] = config.mixers
-        if layers != target.num_hidden_layers:
-            changes["ffns"] = f"d*{layers}"
-    for name in ("window_tokens", "window_includes_self"):
+        changes["ffns"] = target.ffns if layers == target.num_hidden_layers else f"d*{layers}"
+    for name in ("mixers", "ffns", "window_tokens", "window_includes_self"):
         if getattr(config, name) is not None:
             changes[name] = getattr(config, name)
     for name in ("bos_token_id", "eos_token_id"):
@@ -139,7 +141,7 @@ def _fit(
     text: SampleText | None,
 ) -> Fitted:
     """What sample text decides; warns about what stays undecided without it."""
-    if not any(becomes_linear(read_config(source.config), target)):
+    if not any(becomes_new(read_config(source.config), target)):
         for key, is_given in given_for_new_layers(config).items():
             if is_given:
                 logger.warning("%s has no effect: no layer becomes L. Set mixers= or model=.", key)
@@ -147,7 +149,7 @@ def _fit(
     if text is None:
         if config.norm_init is NormInit.calibrated:
             logger.warning(
-                "norm_init (calibrated) has no effect without sample text: head norms start at "
+                "norm_init (calibrated) has no effect without sample text: new norms start at "
                 "ones, and step 0 is far worse. Set text=DIR."
             )
         return Fitted()
@@ -161,6 +163,26 @@ def _fit(
         alignment = (how, text.alignment)
     return fit_new_parameters(
         source, target, config.options, text.calibration, alignment=alignment, progress=_report
+    )
+
+
+def _measure(
+    config: ConvertConfig,
+    source: SafetensorsFolder,
+    target: ModelConfig,
+    text: SampleText | None,
+    fitted: Fitted,
+) -> dict[int, float]:
+    """Factors of upcycled layers, where they are measured; warns where nothing is upcycled."""
+    is_measured = config.upcycle.mode is UpcycleMode.measured
+    if not upcycled(read_config(source.config), target):
+        if config.upcycle.mode is not UpcycleMode.exact:
+            logger.warning("upcycle has no effect: no layer becomes e. Set ffns= or model=.")
+        return {}
+    if text is None or not is_measured:
+        return {}
+    return measure_scales(
+        source, target, config.options, text.calibration, fitted=fitted.values, progress=_report
     )
 
 
@@ -210,7 +232,10 @@ def _write(  # noqa: PLR0913 - everything that a checkpoint consists of
         "source": {"path": str(source.path), "format": read_format(source.config).value},
         "versions": {"torch": torch.__version__},
     }
-    lazy = [LazyTensor(f"model/{t.name}", t.shape, t.dtype, t.load) for t in plan]
+    lazy = [
+        LazyTensor(f"model/{t.name}", t.shape, t.dtype, t.load_part, t.copies.count, t.copies.dim)
+        for t in plan
+    ]
     save_streamed(Path(config.out), lazy, manifest, add_files=add_files)
 
 
@@ -232,6 +257,12 @@ def _log(config: ConvertConfig, certificate: dict[str, Any]) -> None:
             "perplexity %s, logit KL %.4g nats", json.dumps(numeric["perplexity"]),
             numeric["logit_kl"],
         )  # fmt: skip
+        for layer in numeric["expert_layers"]:
+            logger.info(
+                "layer %d: experts put out %.4f of the dense FFN (%.4f to %.4f)",
+                layer["layer"], layer["output_ratio_mean"], layer["output_ratio_min"],
+                layer["output_ratio_max"],
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

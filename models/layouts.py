@@ -53,19 +53,6 @@ def _whole_rows(config: ModelConfig) -> dict[str, ParamLayout]:
     return table
 
 
-def refuse_experts(config: ModelConfig, action: str) -> None:
-    """Refuse expert layers where only training knows them; `action` is what cannot be done.
-
-    Raises:
-        ValueError: naming the pattern.
-    """
-    if FfnKind.mixture_of_experts in config.layers.ffns:
-        raise ValueError(
-            f"ffns ({config.ffns}) must be all d to be {action}: got e, which is not in this "
-            "release. Use d."
-        )
-
-
 _NEW_MODULES = frozenset(
     {"gate_down", "gate_up", "head_norm", "output_norm", "merge", "sinks", "router"}
 )

@@ -87,29 +87,48 @@ class Box:
 
 @dataclass(eq=False, slots=True)
 class LazyTensor:
-    """A whole tensor that is made when it is written and forgotten right after."""
+    """A whole tensor that is made when it is written and forgotten right after.
+
+    With `copies` it is that many equal parts side by side along `copies_dim`, and `load` makes one:
+    they are written one by one.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    copies: int = 1
+    copies_dim: int = 0
 
     def size(self) -> torch.Size:
         """The global shape."""
         return torch.Size(self.shape)
 
     def __create_write_items__(self, fqn: str, _object: Any) -> list[WriteItem]:
-        stand_in = torch.empty(self.shape, dtype=self.dtype, device="meta")
-        return write_items(fqn, self.shape, (0,) * len(self.shape), stand_in)
+        stand_in = torch.empty(self._part_shape, dtype=self.dtype, device="meta")
+        items = []
+        for number in range(self.copies):
+            offsets = [0] * len(self.shape)
+            if self.copies > 1:
+                offsets[self.copies_dim] = number * self._part_shape[self.copies_dim]
+            items += write_items(fqn, self.shape, tuple(offsets), stand_in)
+        return items
 
     def __get_tensor_shard__(self, _index: MetadataIndex) -> Tensor:
         tensor = self.load()
-        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+        if tuple(tensor.shape) != self._part_shape or tensor.dtype != self.dtype:
             raise ValueError(
-                f"tensor {self.name} must be {self.shape} {self.dtype} as announced: got "
+                f"tensor {self.name} must be {self._part_shape} {self.dtype} as announced: got "
                 f"{tuple(tensor.shape)} {tensor.dtype}."
             )
         return tensor
+
+    @property
+    def _part_shape(self) -> tuple[int, ...]:
+        shape = list(self.shape)
+        if self.copies > 1:
+            shape[self.copies_dim] //= self.copies
+        return tuple(shape)
 
 
 class BoxSavePlanner(DefaultSavePlanner):

@@ -1,8 +1,8 @@
-"""What sample text teaches the new parameters of `L` layers, layer by layer on the source's stream.
+"""What sample text teaches new mixers (`L`, `X+Y`), layer by layer on the source's stream.
 
-Calibrates head norms, centres key biases, and optionally aligns: trains only gates and head norm so
-that the linear mixer's output matches the softmax mixer's on the source's own hidden states. Holds
-one layer at a time. Shape letters: T tokens, N query heads, G key-value heads, H head dim.
+Calibrates norms, centres key biases, and optionally aligns: trains only new parameters so that the
+mixer's output matches the softmax mixer's on the source's own hidden states. Holds one layer at a
+time. Shape letters: T tokens, N query heads, G key-value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from torch import Tensor
 from models.block import Block
 from models.config import ModelConfig
 from models.conversion.block_stream import BlockStream, SampleRows, advance
+from models.conversion.branch_norms import fit_branch_norms
 from models.conversion.convert import plan_conversion
 from models.conversion.huggingface import TensorSource
 from models.conversion.new_parameters import ConversionOptions, KeyBias, NormInit
-from models.conversion.source_checks import becomes_linear
+from models.conversion.source_checks import becomes_new, linear_key_bias
 from models.conversion.source_config import read_config
-from models.conversion.weight_map import HEAD_NORM, KEY_BIAS, mixer_name
+from models.conversion.weight_map import HEAD_NORM, mixer_name
+from models.layer_pattern import MixerKind
 from models.layouts import is_new_parameter
 from models.mixer import Mixer
+from models.mixer_config import BranchNorm, BranchProjections
 from models.sequence import SequenceContext
 
 logger = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ def fit_new_parameters(  # noqa: PLR0913 - source, target, options and the two t
     alignment: tuple[AlignmentOptions, SampleRows] | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
-    """Walk the source's blocks once and fit the layers that become `L`.
+    """Walk the source's blocks once and fit the layers that get new mixers.
 
     Args:
         source: the checkpoint.
@@ -87,15 +90,24 @@ def fit_new_parameters(  # noqa: PLR0913 - source, target, options and the two t
     walks = [_Walk(stream, sample)]
     if alignment is not None:
         walks.append(_Walk(stream, alignment[1]))
-    for layer, turns in enumerate(becomes_linear(config, target)):
+    sinks = _planned_stream(source, target, options, fitted).sinks()
+    for layer, is_new in enumerate(becomes_new(config, target)):
         block = stream.block(layer)
-        if turns:
-            _measure(block, walks[0], layer, options, fitted)
+        if is_new:
+            _measure(block, walks[0], layer, options, target, fitted)
+            student = _student(source, target, options, fitted, layer, sinks)
+            if len(student.mixer.branches) > 1 and options.norm_init is NormInit.calibrated:
+                _merge(block, student, walks[0], layer, target, fitted)
+                student = _student(source, target, options, fitted, layer, sinks)
             if alignment is not None:
-                student = _student(source, target, options, fitted, layer)
                 _align(block, student, walks, layer, alignment[0], fitted)
         for walk in walks:
             advance(block, walk.hidden, walk.sequences)
+        if sinks is not None:
+            with torch.no_grad():
+                sinks, _ = (
+                    _planned_stream(source, target, options, fitted).block(layer).begin(sinks)
+                )
         if progress is not None:
             progress("calibrate", layer + 1, config.num_hidden_layers)
     return fitted
@@ -105,8 +117,18 @@ def check_key_bias(target: ModelConfig, options: ConversionOptions) -> None:
     """Refuse what cannot be centred; warn where the option has no effect.
 
     Raises:
-        ValueError: `centre` without a key bias, or with a norm behind it.
+        ValueError: `centre` without a key bias, or with a norm behind it; a bias that another
+            branch reads too.
     """
+    is_shared = target.branches.projections is BranchProjections.shared and any(
+        len(mixers) > 1 and MixerKind.linear in mixers for mixers in target.layers.mixers
+    )
+    if options.key_bias is not KeyBias.keep and target.qkv_bias and is_shared:
+        raise ValueError(
+            f"linear.key_bias ({options.key_bias.value}) must be keep where parallel branches "
+            "share projections: the softmax branch reads the same bias. Set "
+            "model.branches.projections=separate, or keep."
+        )
     if options.key_bias is KeyBias.centre and (not target.qkv_bias or target.qk_norm):
         missing = "a k/v/q bias" if not target.qkv_bias else "no q/k norm behind it"
         raise ValueError(f"linear.key_bias (centre) must have a model with {missing}. Use keep.")
@@ -120,6 +142,7 @@ class _Walk:
     def __init__(self, stream: BlockStream, rows: SampleRows) -> None:
         self.sequences = rows.sequences()
         self.hidden = stream.embed(rows)
+        self.num_tokens = rows.num_tokens
 
     def inputs(self, block: Block) -> Iterator[tuple[Tensor, SequenceContext]]:
         """What the block's mixer reads, row by row."""
@@ -129,53 +152,113 @@ class _Walk:
 
 
 @torch.no_grad()
-def _measure(
-    block: Block, walk: _Walk, layer: int, options: ConversionOptions, fitted: Fitted
+def _measure(  # noqa: PLR0913 - one layer with its text, what to fit and where it goes
+    block: Block,
+    walk: _Walk,
+    layer: int,
+    options: ConversionOptions,
+    target: ModelConfig,
+    fitted: Fitted,
 ) -> None:
     """RMS of the softmax mixer's head outputs per channel [H]; mean of W_k x [G * H]."""
     mixer = block.mixer
     assert mixer is not None
     (branch,) = mixer.branches
     k_proj = branch.projections.k_proj
+    mixers = target.layers.mixers[layer]
+    # Where branches meet before the output projection, head norms are fitted together.
+    meets_later = len(mixers) == 1 or target.branches.norm is BranchNorm.after_output
+    needs_rms = options.norm_init is NormInit.calibrated and (
+        MixerKind.linear in mixers and meets_later
+    )
+    key_bias = linear_key_bias(target, layer)
+    is_centred = options.key_bias is KeyBias.centre and key_bias is not None
     squares: Tensor | float = 0.0
     keys: Tensor | float = 0.0
-    num_tokens = sum(hidden.shape[1] for hidden in walk.hidden)
     for x, sequence in walk.inputs(block):
-        if options.norm_init is NormInit.calibrated:
+        if needs_rms:
             (heads,) = mixer.attend(x, sequence)
             squares = squares + heads.square().mean(dim=2).sum(dim=(0, 1))
-        if options.key_bias is KeyBias.centre:
+        if is_centred:
             keys = keys + (k_proj(x) - k_proj.bias).sum(dim=(0, 1))
-    if options.norm_init is NormInit.calibrated:
+    num_tokens = walk.num_tokens
+    if needs_rms:
         rms = torch.as_tensor(squares / num_tokens).sqrt()
         note = f"RMS of the source's attention output per channel on {num_tokens} tokens"
-        fitted.values[mixer_name(layer, HEAD_NORM)] = (rms, note)
-    if options.key_bias is KeyBias.centre:
+        home = f"{MixerKind.linear.name}." if len(mixers) > 1 else ""
+        fitted.values[mixer_name(layer, home + HEAD_NORM)] = (rms, note)
+    if is_centred and key_bias is not None:
         note = f"minus the mean of W_k x on {num_tokens} tokens (key_bias=centre)"
-        fitted.values[mixer_name(layer, KEY_BIAS)] = (-torch.as_tensor(keys / num_tokens), note)
+        fitted.values[key_bias] = (-torch.as_tensor(keys / num_tokens), note)
 
 
-def _student(
+def _merge(  # noqa: PLR0913 - one layer with both mixers, its text and where it goes
+    block: Block,
+    student: _Student,
+    walk: _Walk,
+    layer: int,
+    target: ModelConfig,
+    fitted: Fitted,
+) -> None:
+    """Norms with which parallel branches come closest to the source's mixer."""
+    assert block.mixer is not None
+    note = f"least squares against the source's attention output on {walk.num_tokens} tokens"
+    weights = fit_branch_norms(block.mixer, student.mixer, student, walk.inputs(block), target)
+    for name, weight in weights.items():
+        fitted.values[mixer_name(layer, name)] = (weight, note)
+
+
+class _Student:
+    """The new mixer of one layer with the sinks that it reads, `[1, S, D]`."""
+
+    def __init__(self, mixer: Mixer, sinks: Tensor | None) -> None:
+        self.mixer, self._sinks = mixer, sinks
+
+    def __call__(self, x: Tensor, sequence: SequenceContext) -> Tensor:
+        """What it makes of tokens `[B, T, D]`."""
+        out = self.mixer(x, sequence, sinks=self._sinks)
+        tokens: Tensor = out if self._sinks is None else out[0]
+        return tokens
+
+
+def _planned_stream(
+    source: TensorSource, target: ModelConfig, options: ConversionOptions, fitted: Fitted
+) -> BlockStream:
+    """The target as conversion would write it now."""
+    plan = {t.name: t.load for t in plan_conversion(source, target, options, fitted=fitted.values)}
+    return BlockStream(target, lambda name: plan[name]())
+
+
+@torch.no_grad()
+def _after(block: Block, sinks: Tensor) -> Tensor:
+    """The stream of sinks after a block of the target; no token changes it."""
+    return block.begin(sinks)[0]
+
+
+@torch.no_grad()
+def _student(  # noqa: PLR0913 - one layer of a conversion, and the sinks that reach it
     source: TensorSource,
     target: ModelConfig,
     options: ConversionOptions,
     fitted: Fitted,
     layer: int,
-) -> Mixer:
-    """The linear mixer of one layer as conversion would start it; new parameters are trainable."""
-    plan = {t.name: t.load for t in plan_conversion(source, target, options, fitted=fitted.values)}
-    mixer = BlockStream(target, lambda name: plan[name]()).block(layer).mixer
+    sinks: Tensor | None,
+) -> _Student:
+    """The mixer of one layer as conversion would start it; new parameters are trainable."""
+    block = _planned_stream(source, target, options, fitted).block(layer)
+    mixer = block.mixer
     assert mixer is not None
+    assert block.mixer_norm is not None
     for name, parameter in mixer.named_parameters():
         if is_new_parameter(mixer_name(layer, name)):
             parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
-    return mixer
+    return _Student(mixer, None if sinks is None else block.mixer_norm(sinks))
 
 
 def _align(  # noqa: PLR0913 - one layer with its teacher, texts and options
     teacher: Block,
-    student: Mixer,
+    student: _Student,
     walks: list[_Walk],
     layer: int,
     options: AlignmentOptions,
@@ -185,7 +268,7 @@ def _align(  # noqa: PLR0913 - one layer with its teacher, texts and options
     before = _relative_error(teacher, student, walks[0])
     _train(teacher, student, walks[1], options)
     after = _relative_error(teacher, student, walks[0])
-    num_tokens = sum(hidden.shape[1] for hidden in walks[1].hidden) * options.epochs
+    num_tokens = walks[1].num_tokens * options.epochs
     is_better = after < before
     fitted.alignment.append(
         {"layer": layer, "tokens": num_tokens, "before": before, "after": after, "kept": is_better}
@@ -193,18 +276,18 @@ def _align(  # noqa: PLR0913 - one layer with its teacher, texts and options
     if not is_better:
         logger.warning("alignment of layer %d kept its start: %.4g to %.4g", layer, before, after)
         return
-    for name, parameter in student.named_parameters():
+    for name, parameter in student.mixer.named_parameters():
         if parameter.requires_grad:
             note = f"aligned on {num_tokens} tokens"
             fitted.values[mixer_name(layer, name)] = (parameter.detach().clone(), note)
 
 
-def _train(teacher: Block, student: Mixer, walk: _Walk, options: AlignmentOptions) -> None:
+def _train(teacher: Block, student: _Student, walk: _Walk, options: AlignmentOptions) -> None:
     """AdamW on the squared error over the teacher's power."""
     optimizer = torch.optim.AdamW(
         [
             {"params": [p], "lr": options.learning_rate * min(1.0, _TUNED_WIDTH / p.shape[-1])}
-            for p in student.parameters()
+            for p in student.mixer.parameters()
             if p.requires_grad
         ],
         weight_decay=0.0,
@@ -222,7 +305,7 @@ def _train(teacher: Block, student: Mixer, walk: _Walk, options: AlignmentOption
                 schedule.step()
 
 
-def _errors(teacher: Block, student: Mixer, walk: _Walk) -> Iterator[tuple[Tensor, Tensor]]:
+def _errors(teacher: Block, student: _Student, walk: _Walk) -> Iterator[tuple[Tensor, Tensor]]:
     """Per row: summed squared error of the mixer's output, and the teacher's summed square."""
     assert teacher.mixer is not None
     for x, sequence in walk.inputs(teacher):
@@ -233,7 +316,7 @@ def _errors(teacher: Block, student: Mixer, walk: _Walk) -> Iterator[tuple[Tenso
 
 
 @torch.no_grad()
-def _relative_error(teacher: Block, student: Mixer, walk: _Walk) -> float:
+def _relative_error(teacher: Block, student: _Student, walk: _Walk) -> float:
     """Root of squared error over the teacher's square, all rows together."""
     errors = list(_errors(teacher, student, walk))
     return float((sum(e for e, _ in errors) / sum(p for _, p in errors)) ** 0.5)

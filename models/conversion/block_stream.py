@@ -135,5 +135,14 @@ def advance(
 def fill(module: nn.Module, prefix: str, load: Callable[[str], Tensor]) -> None:
     """Give a meta module its parameters as they are stored, frozen."""
     names = [name for name, _ in module.named_parameters()]
-    module.load_state_dict({name: load(prefix + name) for name in names}, assign=True)
+    values = {name: _one_memory(load(prefix + name)) for name in names}
+    module.load_state_dict(values, assign=True)
     module.requires_grad_(False)
+
+
+def _one_memory(tensor: Tensor) -> Tensor:
+    """Copies that share memory, wide enough that computing with them does not unshare it."""
+    if tensor.dim() == 0 or tensor.stride(0) != 0 or tensor.shape[0] == 1:
+        return tensor
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor[:1].to(wide).expand_as(tensor)

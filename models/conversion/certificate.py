@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.block import Block
 from models.config import ModelConfig
 from models.conversion.attention_transfer import Progress
 from models.conversion.block_stream import BlockStream, SampleRows, advance
-from models.conversion.convert import TargetTensor, plan_conversion, unused_tensors
+from models.conversion.convert import plan_conversion, unused_tensors
 from models.conversion.huggingface import TensorSource
 from models.conversion.new_parameters import ConversionOptions
+from models.conversion.source_checks import upcycled
 from models.conversion.source_config import read_config, read_format
+from models.conversion.target_tensor import TargetTensor
 from models.layouts import parameter_layouts
 from models.linear_attention import GatedLinearAttention
 from models.loss import MASKED
@@ -92,17 +94,21 @@ def compare_numerically(
     target_loads = {tensor.name: tensor.load for tensor in plan}
     before = _Side(BlockStream(config, lambda name: loads[name]()), rows)
     after = _Side(BlockStream(target, lambda name: target_loads[name]()), rows)
-    layers, linear = [], []
+    layers, linear, experts = [], [], []
+    are_upcycled = set(upcycled(config, target))
     for layer, (old, new) in enumerate(
         zip(config.layers.mixers, target.layers.mixers, strict=True)
     ):
-        before.step(layer)
-        block = after.stream.block(layer)
+        dense, block = before.stream.block(layer), after.stream.block(layer)
+        before.step(dense)
         for branch in () if block.mixer is None else block.mixer.branches:
             if isinstance(branch.core, GatedLinearAttention):
                 state = _linear_state(block, branch.projections, branch.core, after)
                 linear.append({"layer": layer, **state})
-        after.step(layer, block)
+        ratios = _Ratios(block, dense) if layer in are_upcycled else None
+        after.step(block)
+        if ratios is not None:
+            experts.append({"layer": layer, **ratios.summary()})
         layers.append(
             {
                 "layer": layer,
@@ -114,7 +120,13 @@ def compare_numerically(
         if progress is not None:
             progress("certificate", layer + 1, config.num_hidden_layers)
     outputs = _compare_outputs(before, after, rows)
-    return {"tokens": rows.num_tokens, "layers": layers, **outputs, "linear_layers": linear}
+    return {
+        "tokens": rows.num_tokens,
+        "layers": layers,
+        **outputs,
+        "linear_layers": linear,
+        "expert_layers": experts,
+    }
 
 
 @dataclass
@@ -131,10 +143,29 @@ class _Side:
         self.hidden, self.sinks = self.stream.embed(self.rows), self.stream.sinks()
         self.sequences = self.rows.sequences()
 
-    def step(self, layer: int, block: Block | None = None) -> None:
-        """Run one block; it is gone afterwards."""
-        block = block or self.stream.block(layer)
+    def step(self, block: Block) -> None:
+        """Run the next block."""
         self.sinks = advance(block, self.hidden, self.sequences, self.sinks)
+
+
+class _Ratios:
+    """|experts' output| / |the dense FFN's| of every token that an upcycled layer sees."""
+
+    def __init__(self, block: Block, dense: Block) -> None:
+        self._dense = dense.ffn
+        self._ratios: list[Tensor] = []
+        block.ffn.register_forward_hook(self._add)
+
+    def summary(self) -> dict[str, float]:
+        """Mean, least and most over tokens; tokens of which the FFN makes nothing are left out."""
+        ratios = torch.cat(self._ratios)
+        values = {"mean": ratios.mean(), "min": ratios.min(), "max": ratios.max()}
+        return {f"output_ratio_{word}": float(value) for word, value in values.items()}
+
+    def _add(self, _module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
+        norms = [x.norm(dim=-1).flatten().double() for x in (out, self._dense(arguments[0]))]
+        has_output = norms[1] > 0
+        self._ratios.append(norms[0][has_output] / norms[1][has_output])
 
 
 def _difference(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
@@ -178,7 +209,7 @@ def _compare_outputs(before: _Side, after: _Side, rows: SampleRows) -> dict[str,
     }
 
 
-def _log_probabilities(side: _Side, norm: torch.nn.Module, row: int, part: slice) -> Tensor:
+def _log_probabilities(side: _Side, norm: nn.Module, row: int, part: slice) -> Tensor:
     return F.log_softmax(side.stream.logits(norm(side.hidden[row][0, part])), dim=-1)
 
 

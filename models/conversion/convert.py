@@ -7,56 +7,44 @@ Reads nothing but names, shapes and dtypes until a tensor's `load` is called. Wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
 
 import torch
 from torch import Tensor
 
 from models.config import ModelConfig
 from models.conversion.huggingface import TensorSource
-from models.conversion.new_parameters import ConversionOptions, KeyBias, gate_bias_of, xavier
-from models.conversion.source_checks import becomes_linear, check_source, check_target
+from models.conversion.new_parameters import (
+    ConversionOptions,
+    KeyBias,
+    gate_bias_of,
+    normal,
+    xavier,
+)
+from models.conversion.source_checks import (
+    becomes_new,
+    check_source,
+    check_target,
+    linear_key_bias,
+)
 from models.conversion.source_config import read_config, read_format
+from models.conversion.target_tensor import Origin, OriginKind, TargetTensor
+from models.conversion.upcycling import ExpertPlanner
 from models.conversion.weight_map import (
     GATE_BIAS,
     GATE_DOWN,
     GATE_UP,
     HEAD_NORM,
-    KEY_BIAS,
-    mixer_parameter,
+    MERGE,
+    OUTPUT_NORM,
+    SINKS,
     theirs,
+    transformer_name,
 )
 from models.layouts import is_new_parameter, parameter_layouts
+from models.mixer_config import SinkInit
 
-
-class OriginKind(Enum):
-    """Where a target tensor comes from."""
-
-    copied = "copied"
-    reshaped = "reshaped"
-    scaled = "scaled"
-    new = "new"
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a target tensor comes from: source tensors by their own names, and how."""
-
-    kind: OriginKind
-    sources: tuple[str, ...] = ()
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TargetTensor:
-    """One tensor of the target; `load` gives `shape` and `dtype`."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    origin: Origin
-    load: Callable[[], Tensor] = field(repr=False)
+_SINK_NOISE = 0.1
+"""Of `initializer_range`, on copies of one embedding."""
 
 
 def plan_conversion(
@@ -65,14 +53,16 @@ def plan_conversion(
     options: ConversionOptions | None = None,
     *,
     fitted: Mapping[str, tuple[Tensor, str]] | None = None,
+    scales: Mapping[int, float] | None = None,
 ) -> list[TargetTensor]:
     """Explain every tensor of `target`, in the order of the model.
 
     Args:
         source: a checkpoint in any format that `read_config` reads.
-        target: the same sizes, possibly other mixers.
+        target: the same sizes, possibly other mixers and experts.
         options: how new parameters start.
         fitted: values from sample text by target name, each with a note for the certificate.
+        scales: measured factors of upcycled layers.
 
     Raises:
         ValueError: sizes that differ, tensors that are missing, unknown or misshapen, a layer that
@@ -83,7 +73,7 @@ def plan_conversion(
     format = read_format(source.config)
     check_target(config, target)
     check_source(source, config, format)
-    planner = _Planner(source, target, options, fitted or {})
+    planner = _Planner(source, target, options, fitted or {}, scales or {})
     return [
         planner.plan(name, layout.global_shape)
         for name, layout in parameter_layouts(target).items()
@@ -105,6 +95,7 @@ class _Planner:
         target: ModelConfig,
         options: ConversionOptions,
         fitted: Mapping[str, tuple[Tensor, str]],
+        scales: Mapping[int, float],
     ) -> None:
         self._source = source
         self._config = read_config(source.config)
@@ -116,6 +107,12 @@ class _Planner:
         self._new_dtype = torch.promote_types(stored, torch.float32)
         self._bias = gate_bias_of(options.gate_init, target.linear.gate_logit_normalizer)
         self._kept = set(parameter_layouts(self._config))
+        self._linear_biases = {
+            linear_key_bias(target, layer)
+            for layer, is_new in enumerate(becomes_new(self._config, target))
+            if is_new
+        }
+        self._experts = ExpertPlanner(source, target, options, scales, self._new_dtype)
 
     def plan(self, name: str, shape: tuple[int, ...]) -> TargetTensor:
         """The origin of one tensor."""
@@ -128,8 +125,10 @@ class _Planner:
             return TargetTensor(name, shape, dtype, origin, lambda: value.to(dtype))
         if known is None:
             return self._new(name, shape)
+        if name not in self._kept and ".ffn." in name:
+            return self._experts.expert(name, shape, known)
         dtype = self._source.dtype(known)
-        if self._drops_key_bias(name):
+        if self._options.key_bias is KeyBias.zero and name in self._linear_biases:
             origin = Origin(OriginKind.scaled, (known,), "by 0 (key_bias=zero)")
             return TargetTensor(name, shape, dtype, origin, lambda: torch.zeros(shape, dtype=dtype))
         note = "the tied embedding" if name == "head.weight" and name not in self._kept else ""
@@ -142,23 +141,41 @@ class _Planner:
             return theirs(name, self._format)
         if name == "head.weight":
             return theirs("embedding.weight", self._format)
-        return None
-
-    def _drops_key_bias(self, name: str) -> bool:
-        place = mixer_parameter(name)
-        if place is None or place[1] != KEY_BIAS or self._options.key_bias is not KeyBias.zero:
-            return False
-        return becomes_linear(self._config, self._target)[place[0]]
+        if is_new_parameter(name):
+            return None
+        return theirs(transformer_name(name), self._format)
 
     def _new(self, name: str, shape: tuple[int, ...]) -> TargetTensor:
-        place = mixer_parameter(name)
-        assert place is not None, f"unexplained tensor {name}"
+        if ".router." in name:
+            return self._experts.router(name, shape)
+        if name == SINKS:
+            return self._sinks(shape)
         dtype, seed, bias = self._new_dtype, self._options.seed, self._bias
+        ones = ("ones", lambda: torch.ones(shape, dtype=dtype))
         starts: dict[str, tuple[str, Callable[[], Tensor]]] = {
             GATE_DOWN: ("Xavier-uniform", lambda: xavier(name, shape, seed).to(dtype)),
             GATE_UP: ("zeros", lambda: torch.zeros(shape, dtype=dtype)),
             GATE_BIAS: (f"constant {bias:.6g}", lambda: torch.full(shape, bias, dtype=dtype)),
-            HEAD_NORM: ("ones", lambda: torch.ones(shape, dtype=dtype)),
+            **dict.fromkeys((HEAD_NORM, OUTPUT_NORM, MERGE), ones),
         }
-        note, load = starts[place[1]]
+        note, load = starts[".".join(name.split(".")[-2:])]
         return TargetTensor(name, shape, dtype, Origin(OriginKind.new, (), note), load)
+
+    def _sinks(self, shape: tuple[int, ...]) -> TargetTensor:
+        """Drawn, or copies of the BOS token's embedding with a little noise, so that they part."""
+        dtype, seed, std = self._new_dtype, self._options.seed, self._target.initializer_range
+        if self._target.sinks.init is SinkInit.random:
+            origin = Origin(OriginKind.new, (), f"normal, standard deviation {std:g}")
+            return TargetTensor(
+                SINKS, shape, dtype, origin, lambda: normal(SINKS, shape, seed, std).to(dtype)
+            )
+        known = theirs("embedding.weight", self._format)
+        token = self._target.bos_token_id
+        assert known is not None
+
+        def load() -> Tensor:
+            noise = normal(SINKS, shape, seed, _SINK_NOISE * std)
+            return self._source.load(known)[token].to(dtype) + noise.to(dtype)
+
+        note = f"embedding of token {token}, noise of standard deviation {_SINK_NOISE * std:g}"
+        return TargetTensor(SINKS, shape, dtype, Origin(OriginKind.new, (known,), note), load)

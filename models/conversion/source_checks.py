@@ -7,10 +7,10 @@ import logging
 from models.config import ModelConfig
 from models.conversion.config_keys import Format
 from models.conversion.huggingface import TensorSource
-from models.conversion.weight_map import IGNORED_SOURCE, theirs
+from models.conversion.weight_map import IGNORED_SOURCE, KEY_BIAS, mixer_name, theirs
 from models.layer_pattern import FfnKind, MixerKind, Mixers
-from models.layouts import parameter_layouts, refuse_experts
-from models.mixer_config import FeatureMap, GateKind
+from models.layouts import parameter_layouts
+from models.mixer_config import BranchProjections, SinkInit
 
 logger = logging.getLogger(__name__)
 
@@ -32,74 +32,80 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
         if ours != theirs_value:
             raise ValueError(
                 f"model.{key} ({ours}) must equal the source's: got {theirs_value}. "
-                "Choose the model= that was made for this source, or change only mixers."
+                "Choose the model= that was made for this source, or change only patterns."
             )
     if target.tie_word_embeddings and not source.tie_word_embeddings:
         raise ValueError(
             "model.tie_word_embeddings (true) must be false: the source has its own output head."
         )
-    _check_options(source, target)
-    pairs = list(zip(source.layers.mixers, target.layers.mixers, strict=True))
-    for index, (before, after) in enumerate(pairs):
-        is_reused = before != (MixerKind.linear,) and len(before) < 2
-        if not is_reused and after != before and after:
-            raise ValueError(
-                f"mixers ({target.mixers}) layer {index} must stay {_symbol(before)} as in the "
-                f"source: got {_symbol(after)}. Its gates and norms have no place in another mixer."
-            )
-    _refuse_unconverted(source, target)
-    for index, (old, new) in enumerate(zip(source.layers.ffns, target.layers.ffns, strict=True)):
-        if old is FfnKind.mixture_of_experts and new is not old:
-            raise ValueError(
-                f"ffns ({target.ffns}) layer {index} must stay e as in the source: got {new.value}."
-            )
-    if source.layers.ffns != target.layers.ffns:
-        refuse_experts(target, "converted to")
+    _check_mixers(source, target)
+    _check_ffns(source, target)
+    _check_sinks(source, target)
 
 
-def _check_options(source: ModelConfig, target: ModelConfig) -> None:
-    """Refuse other options of what the source has."""
-    layers = source.layers
-    for key, is_read, what in (
-        ("linear", any(MixerKind.linear in mixers for mixers in layers.mixers), "L layers"),
-        ("branches", any(len(mixers) > 1 for mixers in layers.mixers), "X+Y layers"),
-        ("moe", FfnKind.mixture_of_experts in layers.ffns, "e layers"),
-        ("sinks", source.uses_sinks, "sink tokens"),
+def _check_sinks(source: ModelConfig, target: ModelConfig) -> None:
+    if source.uses_sinks and source.sinks != target.sinks:
+        raise ValueError(
+            f"model.sinks ({target.sinks}) must equal the source's, which has them: got "
+            f"{source.sinks}."
+        )
+    token, is_read = target.bos_token_id, target.uses_sinks and target.sinks.init is SinkInit.bos
+    if is_read and token is not None and not 0 <= token < target.vocab_size:
+        raise ValueError(
+            f"model.bos_token_id ({token}) must have an embedding for sinks.init (bos): got "
+            f"vocab_size {target.vocab_size}. Set model.bos_token_id, or sinks.init=random."
+        )
+
+
+def _check_mixers(source: ModelConfig, target: ModelConfig) -> None:
+    """Refuse to make anything else of layers that are no Transformer's, or with other options."""
+    mixers = source.layers.mixers
+    for key, is_read, layers in (
+        ("linear", any(MixerKind.linear in layer for layer in mixers), "L"),
+        ("branches", any(len(layer) > 1 for layer in mixers), "X+Y"),
+        ("moe", FfnKind.mixture_of_experts in source.layers.ffns, "e"),
     ):
         ours, theirs_value = getattr(target, key), getattr(source, key)
         if is_read and ours != theirs_value:
             raise ValueError(
-                f"model.{key} ({ours}) must equal the source's, which has {what}: got "
+                f"model.{key} ({ours}) must equal the source's, which has {layers} layers: got "
                 f"{theirs_value}."
             )
+    pairs = zip(source.layers.mixers, target.layers.mixers, strict=True)
+    for index, (before, after) in enumerate(pairs):
+        is_transformers = len(before) == 1 and MixerKind.linear not in before
+        if not is_transformers and after not in (before, ()):
+            raise ValueError(
+                f"mixers ({target.mixers}) layer {index} must stay {_symbol(before)} as in the "
+                f"source: got {_symbol(after)}. Its gates and norms have no place in another mixer."
+            )
+
+
+def _check_ffns(source: ModelConfig, target: ModelConfig) -> None:
+    """Refuse experts that are not copies of the source's dense FFN."""
+    experts = FfnKind.mixture_of_experts
+    pairs = zip(source.layers.ffns, target.layers.ffns, strict=True)
+    for index, (before, after) in enumerate(pairs):
+        if before is experts and after is not experts:
+            raise ValueError(
+                f"ffns ({target.ffns}) layer {index} must stay e as in the source: got "
+                f"{after.value}. There is no dense FFN in the source to make it of."
+            )
+        if before is not experts and after is experts:
+            _check_expert_size(source, target, index)
+
+
+def _check_expert_size(source: ModelConfig, target: ModelConfig, layer: int) -> None:
+    if target.expert_intermediate_size != source.intermediate_size:
+        raise ValueError(
+            f"model.moe.intermediate_size ({target.expert_intermediate_size}) must be that of the "
+            f"dense FFN of which layer {layer} is made: got {source.intermediate_size} in the "
+            "source. Set it to null."
+        )
 
 
 def _symbol(mixers: Mixers) -> str:
     return "+".join(kind.value for kind in mixers) or "_"
-
-
-def _refuse_unconverted(source: ModelConfig, target: ModelConfig) -> None:
-    """Refuse new mixers and sinks that models here have, but that no conversion makes yet."""
-    if target.uses_sinks and not source.uses_sinks:
-        raise ValueError(
-            f"model.sinks.num_tokens ({target.sinks.num_tokens}) must be 0 in a conversion. Train "
-            "such a model from its start."
-        )
-    for before, after in zip(source.layers.mixers, target.layers.mixers, strict=True):
-        if len(after) > 1 and after != before:
-            raise ValueError(
-                f"mixers ({target.mixers}) must have one mixer a layer in a conversion: got "
-                f"{_symbol(after)}. Use F, S, L or _."
-            )
-    if source.linear == target.linear and not any(becomes_linear(source, target)):
-        return
-    for name, default in (("gate", GateKind.low_rank), ("feature_map", FeatureMap.relu)):
-        value = getattr(target.linear, name)
-        if value is not default:
-            raise ValueError(
-                f"model.linear.{name} ({value.value}) must be {default.value} in a conversion. "
-                "Train such a model from its start."
-            )
 
 
 def warn_of_changes(source: ModelConfig, target: ModelConfig) -> None:
@@ -157,7 +163,31 @@ def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def becomes_linear(source: ModelConfig, target: ModelConfig) -> list[bool]:
-    """Per layer: whether it turns from softmax attention into `L`."""
+def becomes_new(source: ModelConfig, target: ModelConfig) -> list[bool]:
+    """Per layer: whether it turns from softmax attention into `L` or parallel branches."""
     pairs = zip(source.layers.mixers, target.layers.mixers, strict=True)
-    return [after == (MixerKind.linear,) and before != after for before, after in pairs]
+    return [
+        before != after and (len(after) > 1 or MixerKind.linear in after) for before, after in pairs
+    ]
+
+
+def linear_key_bias(target: ModelConfig, layer: int) -> str | None:
+    """The key bias that a layer's linear mixer reads, alone or as a branch, and no other does."""
+    mixers = target.layers.mixers[layer]
+    if MixerKind.linear not in mixers:
+        return None
+    if len(mixers) == 1:
+        return mixer_name(layer, KEY_BIAS)
+    if target.branches.projections is BranchProjections.shared:
+        return None
+    return mixer_name(layer, f"{MixerKind.linear.name}.{KEY_BIAS}")
+
+
+def upcycled(source: ModelConfig, target: ModelConfig) -> list[int]:
+    """Layers whose dense FFN becomes experts."""
+    pairs = zip(source.layers.ffns, target.layers.ffns, strict=True)
+    return [
+        layer
+        for layer, (before, after) in enumerate(pairs)
+        if before is FfnKind.dense and after is FfnKind.mixture_of_experts
+    ]

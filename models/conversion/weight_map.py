@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from models.conversion.config_keys import Format
+from models.layer_pattern import MixerKind
 
 _WHOLE: tuple[tuple[str, str, str], ...] = (
     ("embedding.weight", "model.embed_tokens.weight", "model.embeddings.weight"),
@@ -48,7 +49,8 @@ IGNORED_SOURCE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fre
 """Buffers that old checkpoints stored; recomputed here from the config."""
 
 GATE_DOWN, GATE_UP, GATE_BIAS = "gate_down.weight", "gate_up.weight", "gate_up.bias"
-HEAD_NORM = "head_norm.weight"
+HEAD_NORM, OUTPUT_NORM, MERGE = "head_norm.weight", "output_norm.weight", "merge.weight"
+SINKS = "sinks.weight"
 KEY_WEIGHT, KEY_BIAS = "k_proj.weight", "k_proj.bias"
 
 
@@ -83,12 +85,25 @@ def ours(name: str, format: Format) -> str | None:
     return None
 
 
-def mixer_parameter(name: str) -> tuple[int, str] | None:
-    """(layer, short name) of `blocks.{i}.mixer.<short name>`; None for all else."""
-    match = re.fullmatch(r"blocks\.(\d+)\.mixer\.(.+)", name)
-    return (int(match.group(1)), match.group(2)) if match else None
-
-
 def mixer_name(layer: int, short: str) -> str:
-    """The inverse of `mixer_parameter`."""
+    """`blocks.{layer}.mixer.<short name>`."""
     return f"blocks.{layer}.mixer.{short}"
+
+
+_BRANCHES = "|".join(kind.name for kind in MixerKind)
+
+
+def transformer_name(name: str) -> str:
+    """Our name of the Transformer's parameter that one of branches or experts is made of.
+
+    `mixer.linear.q_proj` is made of `mixer.q_proj`, `ffn.experts.up_proj` of `ffn.up_proj`.
+    """
+    name = re.sub(rf"\.mixer\.({_BRANCHES})\.", ".mixer.", name)
+    return re.sub(r"\.ffn\.(experts|shared)\.", ".ffn.", name)
+
+
+def ffn_parameter(name: str) -> tuple[int, str]:
+    """(layer, short name) of `blocks.{i}.ffn.<short name>`."""
+    match = re.fullmatch(r"blocks\.(\d+)\.ffn\.(.+)", name)
+    assert match is not None, name
+    return int(match.group(1)), match.group(2)

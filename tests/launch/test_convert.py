@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,17 +16,23 @@ from safetensors.torch import load_file
 
 from data.prepare_corpus import prepare
 from data.tokenizer import load_tokenizer
-from launch.compose import load_config
+from launch.compose import compose_mapping, load_config, typed
 from launch.config_errors import ConfigError
-from launch.convert import convert
-from launch.convert_config import ConvertConfig
+from launch.convert import convert, target_model
+from launch.convert_config import ConvertConfig, UpcycleConfig
+from launch.model_source import model_from_checkpoint
 from launch.sample_text import SampleSizes, read_sample
 from models.config import ModelConfig
-from models.conversion.huggingface import copy_tokenizer
+from models.conversion.huggingface import copy_tokenizer, read_json
+from models.conversion.new_parameters import UpcycleMode
+from models.conversion.source_config import read_config
+from models.expert_config import ExpertConfig
 from parallel.checkpoint import read_manifest, read_tensors, tensor_dtypes, verify
 from tests.data.prepared_folder import random_documents, write_folder
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_huggingface import same_bits
+from training.config import RunConfig
+from training.run import run
 from training.weight_source import open_weights
 
 pytest.importorskip("transformers")
@@ -156,6 +163,72 @@ def test_named_model_and_changed_pattern(source: Path, tmp_path: Path) -> None:
     assert open_weights(tmp_path / "b").model.visible_window_tokens == 4
 
 
+EXPERTS = ExpertConfig(num_experts=4, num_shared_experts=2)
+
+
+def with_experts(source: Path, out: Path, **changes: Any) -> ConvertConfig:
+    """Linear and windowed layers, two of them with experts."""
+    model = dataclasses.replace(
+        read_config(read_json(source / "config.json")), moe=EXPERTS, window_tokens=8
+    )
+    return hybrid(source, out, **{"model": model, "ffns": "d d e e", **changes})
+
+
+@pytest.mark.parametrize("mode", list(UpcycleMode))
+def test_upcycling_writes_copies_that_train(
+    source: Path, text: Path, tmp_path: Path, mode: UpcycleMode, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="launch.convert")
+    std = None if mode is UpcycleMode.exact else 0.3
+    options = UpcycleConfig(mode=mode, router_std=std)
+    found = convert(with_experts(source, tmp_path / "out", text=str(text), upcycle=options))
+    verify(tmp_path / "out")
+    assert found["unexplained_tensors"] == found["source"]["unused_tensors"] == []
+    assert found["options"]["upcycle"] == mode.value
+    ratios = found["numeric"]["expert_layers"]
+    assert [entry["layer"] for entry in ratios] == [2, 3]
+    near = {UpcycleMode.exact: 1e-6, UpcycleMode.measured: 0.05, UpcycleMode.paper: 0.2}[mode]
+    assert all(abs(entry["output_ratio_mean"] - 1) < near for entry in ratios)
+    assert "layer 3: experts put out" in caplog.text
+    written = {name.removeprefix("model/"): value for name, value in read_tensors(tmp_path / "out")}
+    opened = open_weights(tmp_path / "out")
+    assert opened.model.layers.describe() == "mixers [L S]*2 | ffns d*2 e*2"
+    assert {name for name in opened.new_parameters if ".ffn." in name} == {
+        "blocks.2.ffn.router.weight", "blocks.3.ffn.router.weight",
+    }  # fmt: skip
+    experts = written["blocks.3.ffn.experts.down_proj.weight"]
+    shared = written["blocks.3.ffn.shared.down_proj.weight"]
+    assert all(same_bits(part, experts[0]) for part in (*experts, *shared.chunk(2, dim=1)))
+    run_dir = tmp_path / "run"
+    overrides = [
+        "experiment=smoke", "model=from_checkpoint", f"init.checkpoint={tmp_path / 'out'}",
+        f"data.path={text}", "backend=cpu", f"run_dir={run_dir}", "training.max_steps=1",
+        "training.precision=fp32", "spiking=off",
+    ]  # fmt: skip
+    mapping = compose_mapping("train", RunConfig, overrides)
+    run(typed(mapping, RunConfig, model_from_checkpoint))
+    (row,) = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    assert row["loss"] == pytest.approx(found["numeric"]["loss"]["target"], rel=0.2)
+
+
+def test_ffns_are_kept_where_only_mixers_change(source: Path, tmp_path: Path) -> None:
+    target = target_model(with_experts(source, tmp_path, ffns=None), ModelConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, mixers="F*4", ffns="d*4",
+    ))  # fmt: skip
+    assert (target.mixers, target.ffns) == ("[L S]*2", "d*4")
+    named = dataclasses.replace(target, ffns="e d e d")
+    assert target_model(hybrid(source, tmp_path, model=named), target).ffns == "e d e d"
+    assert target_model(config(source, tmp_path, ffns="d e d d"), target).ffns == "d e d d"
+
+
+def test_upcycling_without_experts_is_said_to_have_no_effect(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert(hybrid(source, tmp_path / "out", upcycle=UpcycleConfig(mode=UpcycleMode.paper)))
+    assert "upcycle has no effect: no layer becomes e" in caplog.text
+
+
 def test_conversion_is_reproducible(source: Path, text: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         convert(hybrid(source, tmp_path / name, text=str(text)))
@@ -173,7 +246,6 @@ def test_conversion_is_reproducible(source: Path, text: Path, tmp_path: Path) ->
         ({"mixers": "[L X]*2"}, "must use F, S, L"),
         ({"gate_init": 0.1}, "gate_init .* half-life of 1 to"),
         ({"text": "/no/such/place"}, "must be a prepared folder or a text file: got neither"),
-        ({"mixers": "[L L+S]*2"}, r"must have one mixer a layer in a conversion: got L\+S"),
     ],
 )
 def test_what_cannot_be_converted_writes_nothing(
@@ -214,6 +286,10 @@ def test_only_older_checkpoints_are_replaced(source: Path, tmp_path: Path) -> No
         (["align.learning_rate=0", "text=x"], "learning_rate .* must be above 0"),
         (["text_tokens=0"], r"text_tokens \(0\) must be at least 1"),
         (["linear.key_bias=drop"], "key_bias .* must be one of keep, zero or centre"),
+        (["upcycle.mode=measured"], r"upcycle.mode \(measured\) must have sample text"),
+        (["upcycle.mode=paper", "upcycle.router_std=0"], r"router_std \(0.0\) must be above 0"),
+        (["upcycle.router_std=0.1"], r"router_std \(0.1\) has no effect with .*mode exact"),
+        (["upcycle.mode=random"], "mode .* must be one of exact, measured or paper"),
         (["linear.keybias=zero"], "Did you mean .*linear.key_bias"),
     ],
 )

@@ -20,10 +20,17 @@ __all__ = ["prepared"]
 ROOT = Path(__file__).resolve().parents[2]
 
 MEMORY_SCRIPT = """
-import sys, threading
+import dataclasses, sys, threading
 from pathlib import Path
-from launch.convert import convert
-from launch.convert_config import ConvertConfig
+from launch.convert import convert, target_model
+from launch.convert_config import ConvertConfig, UpcycleConfig
+from models.conversion.huggingface import read_json
+from models.conversion.new_parameters import UpcycleMode
+from models.conversion.source_config import read_config
+from models.mixer_config import FeatureMap, GateKind
+
+def base(source):
+    return read_config(read_json(Path(source) / "config.json"))
 
 def anonymous():
     text = Path("/proc/self/status").read_text()
@@ -38,8 +45,19 @@ def watch():
 before = peak[0]
 watcher = threading.Thread(target=watch)
 watcher.start()
-convert(ConvertConfig(source=sys.argv[1], out=sys.argv[2], mixers=sys.argv[3], window_tokens=64,
-                      text=sys.argv[4], sequence_length=64, text_tokens=128))
+source, out, mixers, text, experts = sys.argv[1:]
+changes = {"mixers": mixers}
+if experts != "0":
+    model = target_model(ConvertConfig(source=source, out=out), base(source))
+    moe = dataclasses.replace(model.moe, num_experts=int(experts))
+    linear = dataclasses.replace(
+        model.linear, feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied
+    )
+    model = dataclasses.replace(model, moe=moe, linear=linear, window_tokens=64)
+    changes |= {"model": model, "ffns": f"d e*{model.num_hidden_layers - 1}"}
+    changes["upcycle"] = UpcycleConfig(mode=UpcycleMode.measured)
+convert(ConvertConfig(source=source, out=out, window_tokens=64, text=text, sequence_length=64,
+                      text_tokens=128, **changes))
 done.set()
 watcher.join()
 print(before, max(peak[0], anonymous()))
@@ -82,6 +100,20 @@ def write_large_source(folder: Path, text: Path, *, layers: int) -> tuple[int, i
     return total, vocab * hidden * 2
 
 
+def convert_apart(
+    folder: Path, out: Path, text: Path, *, mixers: str, experts: int = 0
+) -> tuple[int, int]:
+    """Convert in a process of its own; its anonymous memory before and at its peak."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, str(folder), str(out), mixers, str(text),
+         str(experts)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    before, peak = (int(number) for number in result.stdout.split()[-2:])
+    return before, peak
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's RssAnon")
 def test_memory_does_not_grow_with_the_checkpoint(prepared: Path, tmp_path: Path) -> None:
@@ -90,13 +122,7 @@ def test_memory_does_not_grow_with_the_checkpoint(prepared: Path, tmp_path: Path
     for layers in (8, 18):
         folder, out = tmp_path / f"hf{layers}", tmp_path / f"out{layers}"
         num_bytes, largest = write_large_source(folder, prepared, layers=layers)
-        result = subprocess.run(
-            [sys.executable, "-c", MEMORY_SCRIPT, str(folder), str(out), f"[L S]*{layers // 2}",
-             str(prepared)],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        before, peak = (int(number) for number in result.stdout.split()[-2:])
+        before, peak = convert_apart(folder, out, prepared, mixers=f"[L S]*{layers // 2}")
         assert peak < 1.5 * largest + 2**30
         grown.append(peak - before)
         sys.stdout.write(f"{layers} layers: {num_bytes} bytes, anonymous {before} to {peak}\n")
@@ -104,4 +130,22 @@ def test_memory_does_not_grow_with_the_checkpoint(prepared: Path, tmp_path: Path
         shutil.rmtree(out)
     assert num_bytes > 1e9
     assert grown[1] < 0.25 * num_bytes
+    assert grown[1] < grown[0] + 64 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's RssAnon")
+def test_memory_does_not_grow_with_the_number_of_experts(prepared: Path, tmp_path: Path) -> None:
+    """Branches and experts, calibrated, measured, written and judged within the same bound."""
+    folder, grown = tmp_path / "hf", []
+    _, largest = write_large_source(folder, prepared, layers=2)
+    for experts in (2, 16):
+        out = tmp_path / f"out{experts}"
+        before, peak = convert_apart(folder, out, prepared, mixers="L+S*2", experts=experts)
+        assert peak < 1.5 * largest + 2**30
+        num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        grown.append(peak - before)
+        sys.stdout.write(f"{experts} experts: {num_bytes} bytes, anonymous {before} to {peak}\n")
+        shutil.rmtree(out)
+    assert num_bytes > 8e8
     assert grown[1] < grown[0] + 64 * 2**20

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from parallel.boxes import Box, LazyTensor, local_of, region_of
+from parallel.checkpoint import read_tensors, save_streamed
 
 
 def test_a_plain_tensor_is_its_own_box_and_shares_memory() -> None:
@@ -54,3 +57,25 @@ def test_a_lazy_tensor_must_be_what_it_announced(made: torch.Tensor) -> None:
     lazy = LazyTensor("w", (2, 3), torch.float32, lambda: made)
     with pytest.raises(ValueError, match=r"w must be \(2, 3\) torch.float32 as announced: got"):
         lazy.__get_tensor_shard__(MetadataIndex("w"))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_copies_of_a_lazy_tensor_are_written_one_by_one(dim: int, tmp_path: Path) -> None:
+    shape = [2, 3]
+    shape[dim] *= 3
+    made: list[int] = []
+
+    def part() -> torch.Tensor:
+        made.append(1)
+        return torch.arange(6.0).view(2, 3)
+
+    lazy = LazyTensor("w", tuple(shape), torch.float32, part, copies=3, copies_dim=dim)
+    items = lazy.__create_write_items__("w", lazy)
+    assert [item.index.offset[dim] for item in items] == [0, shape[dim] // 3, shape[dim] // 3 * 2]
+    save_streamed(tmp_path / "out", [lazy], {})
+    assert len(made) == 3
+    ((_, found),) = read_tensors(tmp_path / "out")
+    assert torch.equal(found, torch.cat([torch.arange(6.0).view(2, 3)] * 3, dim=dim))
+    wrong = LazyTensor("w", (4, 3), torch.float32, lambda: torch.zeros(4, 3), copies=2)
+    with pytest.raises(ValueError, match=r"w must be \(2, 3\) .* as announced: got \(4, 3\)"):
+        wrong.__get_tensor_shard__(MetadataIndex("w"))

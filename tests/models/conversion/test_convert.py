@@ -12,14 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.config import ModelConfig
-from models.conversion.convert import OriginKind, TargetTensor, plan_conversion, unused_tensors
+from models.conversion.convert import plan_conversion, unused_tensors
 from models.conversion.huggingface import INDEX, SafetensorsFolder
 from models.conversion.new_parameters import ConversionOptions, KeyBias, gate_bias_of, xavier
 from models.conversion.source_checks import warn_of_changes
 from models.conversion.source_config import read_config
+from models.conversion.target_tensor import OriginKind, TargetTensor
 from models.conversion.weight_map import theirs
+from models.expert_config import ExpertConfig
 from models.layouts import parameter_layouts
-from models.mixer_config import FeatureMap, GateKind, LinearAttentionConfig, RopeConfig, SinkConfig
+from models.mixer_config import RopeConfig
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_huggingface import same_bits
 from tests.models.conversion.test_source_config import QWEN2_5_7B, SMALL, SPIKINGBRAIN_7B
@@ -250,28 +252,12 @@ def test_dropped_mixers_are_listed_as_unused() -> None:
         ({"qkv_bias": False}, r"model.qkv_bias \(False\) must equal the source's: got True"),
         ({"qk_norm": True}, r"model.qk_norm \(True\) must equal the source's: got False"),
         (
-            {"mixers": "[S+L F]*2", "window_tokens": 4},
-            r"mixers \(\[S\+L F\]\*2\) must have one mixer a layer in a conversion: got S\+L",
+            {"ffns": "d e d d", "moe": ExpertConfig(intermediate_size=24)},
+            r"moe.intermediate_size \(24\) must be that of the dense FFN .* layer 1 .* got 48 in",
         ),
         (
-            {"linear": LinearAttentionConfig(feature_map=FeatureMap.sigmoid)},
-            r"model.linear.feature_map \(sigmoid\) must be relu in a conversion",
-        ),
-        (
-            {
-                "linear": LinearAttentionConfig(
-                    feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied
-                )
-            },
-            r"model.linear.gate \(key_tied\) must be low_rank in a conversion",
-        ),
-        (
-            {"sinks": SinkConfig(num_tokens=3)},
-            r"model.sinks.num_tokens \(3\) must be 0 in a conversion",
-        ),
-        (
-            {"ffns": "d e d d"},
-            r"ffns \(d e d d\) must be all d to be converted to: got e, which is",
+            {"intermediate_size": 96, "ffns": "d e d d"},
+            r"model.intermediate_size \(96\) must equal .* got 48",
         ),
     ],
 )

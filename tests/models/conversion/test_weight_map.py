@@ -6,7 +6,7 @@ import pytest
 
 from models.conversion.config_keys import Format
 from models.conversion.source_config import read_config
-from models.conversion.weight_map import mixer_name, mixer_parameter, ours, theirs
+from models.conversion.weight_map import ffn_parameter, mixer_name, ours, theirs, transformer_name
 from models.layouts import parameter_layouts
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_source_config import QWEN2_5_7B, SPIKINGBRAIN_7B
@@ -66,8 +66,16 @@ def test_what_a_format_has_no_name_for() -> None:
     assert ours("unheard_of", Format.gla_swa) is None
 
 
-def test_mixer_names() -> None:
-    assert mixer_parameter("blocks.12.mixer.gate_up.bias") == (12, "gate_up.bias")
-    assert mixer_parameter("blocks.12.mixer_norm.weight") is None
-    assert mixer_parameter("head.weight") is None
+def test_names_of_branches_and_experts_lead_back_to_the_transformer() -> None:
     assert mixer_name(12, "gate_up.bias") == "blocks.12.mixer.gate_up.bias"
+    assert ffn_parameter("blocks.3.ffn.shared.up_proj.weight") == (3, "shared.up_proj.weight")
+    pairs = {
+        "blocks.1.mixer.linear.k_proj.bias": "blocks.1.mixer.k_proj.bias",
+        "blocks.1.mixer.sliding_window.o_proj.weight": "blocks.1.mixer.o_proj.weight",
+        "blocks.1.mixer.full.q_norm.weight": "blocks.1.mixer.q_norm.weight",
+        "blocks.2.ffn.experts.up_proj.weight": "blocks.2.ffn.up_proj.weight",
+        "blocks.2.ffn.shared.down_proj.weight": "blocks.2.ffn.down_proj.weight",
+        "embedding.weight": "embedding.weight",
+    }
+    for name, expected in pairs.items():
+        assert transformer_name(name) == expected
