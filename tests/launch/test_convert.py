@@ -199,16 +199,44 @@ def test_upcycling_writes_copies_that_train(
     experts = written["blocks.3.ffn.experts.down_proj.weight"]
     shared = written["blocks.3.ffn.shared.down_proj.weight"]
     assert all(same_bits(part, experts[0]) for part in (*experts, *shared.chunk(2, dim=1)))
-    run_dir = tmp_path / "run"
+    first_loss = train_one_step(tmp_path, text)
+    assert first_loss == pytest.approx(found["numeric"]["loss"]["target"], rel=0.2)
+
+
+def train_one_step(folder: Path, text: Path) -> float:
+    """The loss of one step of `launch.train` from the checkpoint in `folder / "out"`."""
+    run_dir = folder / "run"
     overrides = [
-        "experiment=smoke", "model=from_checkpoint", f"init.checkpoint={tmp_path / 'out'}",
+        "experiment=smoke", "model=from_checkpoint", f"init.checkpoint={folder / 'out'}",
         f"data.path={text}", "backend=cpu", f"run_dir={run_dir}", "training.max_steps=1",
         "training.precision=fp32", "spiking=off",
     ]  # fmt: skip
     mapping = compose_mapping("train", RunConfig, overrides)
     run(typed(mapping, RunConfig, model_from_checkpoint))
     (row,) = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
-    assert row["loss"] == pytest.approx(found["numeric"]["loss"]["target"], rel=0.2)
+    return float(row["loss"])
+
+
+def test_branches_sinks_and_experts_of_a_preset_train(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    """The quickstart's second target at the source's sizes, from conversion to a step."""
+    preset = load_config("convert", ConvertConfig, [
+        f"source={source}", f"out={tmp_path / 'out'}", "model=quickstart_moe",
+        f"model.vocab_size={VOCABULARY}", "model.hidden_size=32", "model.intermediate_size=48",
+        "model.head_dim=8", "model.tie_word_embeddings=false", "model.bos_token_id=1",
+        "model.sinks.init=bos", f"text={text}", "text_tokens=256", "sequence_length=64",
+    ])  # fmt: skip
+    found = convert(preset)
+    assert found["target"]["pattern"] == "mixers L+S*3 L+F | ffns [d e]*2"
+    assert found["unexplained_tensors"] == found["source"]["unused_tensors"] == []
+    assert [entry["layer"] for entry in found["numeric"]["linear_layers"]] == [0, 1, 2, 3]
+    for entry in found["numeric"]["expert_layers"]:
+        assert entry["output_ratio_mean"] == pytest.approx(1, abs=1e-6)
+    numbers = found["numeric"]["perplexity"]
+    assert numbers["target"] < 2 * numbers["source"]
+    loss = train_one_step(tmp_path, text)
+    assert loss == pytest.approx(found["numeric"]["loss"]["target"], rel=0.2)
 
 
 def test_ffns_are_kept_where_only_mixers_change(source: Path, tmp_path: Path) -> None:
