@@ -20,7 +20,7 @@ from tests.models.tiny import random_tokens, tiny_model
 from tests.support.closeness import relative_error
 
 pytest.importorskip("transformers")
-PADDED = ("all mixers", "shared branches", "sigmoid experts")
+PADDED = ("all mixers", "shared branches", "sigmoid experts", "absolute sinks")
 
 
 def both(name: str, folder: Path, **changes: Any) -> tuple[Model, Any]:
@@ -174,7 +174,9 @@ def test_a_spiking_model_spikes_unless_told_not_to(
     assert relative_error(silent, continuous) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["all mixers", "separate branches", "softmax experts"])
+@pytest.mark.parametrize(
+    "name", ["all mixers", "softmax experts", "absolute sinks", "sinks without rope"]
+)
 def test_loss_and_gradients_equal(name: str, tmp_path: Path) -> None:
     model, twin = both(name, tmp_path / "out")
     tokens = random_tokens(2, 24)
