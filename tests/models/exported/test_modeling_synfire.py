@@ -64,8 +64,9 @@ def test_generation_is_synfires_greedy_generation(name: str, tmp_path: Path) -> 
         assert torch.equal(twin.generate(prompt, **options, **more), expected), more
 
 
-def test_equal_scores_come_in_the_same_order(tmp_path: Path) -> None:
-    model = with_ties(tiny_model(case("sigmoid experts")))
+@pytest.mark.parametrize("name", ["sigmoid experts", "absolute sinks"])
+def test_equal_scores_come_in_the_same_order(name: str, tmp_path: Path) -> None:
+    model = with_ties(tiny_model(case(name)))
     twin = open_folder(save(model, tmp_path / "out"))
     tokens = random_tokens(2, 40)
     with torch.no_grad():
