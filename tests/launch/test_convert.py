@@ -31,6 +31,7 @@ from parallel.checkpoint import read_manifest, read_tensors, tensor_dtypes, veri
 from tests.data.prepared_folder import random_documents, write_folder
 from tests.models.conversion import tiny_sources
 from tests.models.conversion.test_huggingface import same_bits
+from tests.models.exported.folders import case
 from training.config import RunConfig
 from training.run import run
 from training.weight_source import open_weights
@@ -68,6 +69,12 @@ def config(source: Path, out: Path, **changes: Any) -> ConvertConfig:
 def hybrid(source: Path, out: Path, **changes: Any) -> ConvertConfig:
     sizes = {"sequence_length": 32, "text_tokens": 128, "mixers": "[L S]*2", "window_tokens": 8}
     return config(source, out, **{**sizes, **changes})
+
+
+def test_other_mixers_leave_the_sources_experts() -> None:
+    base = case("softmax experts")
+    for mixers, ffns in (("L+S L S F", base.ffns), ("L*3", "d*3")):
+        assert target_model(ConvertConfig(source="a", out="b", mixers=mixers), base).ffns == ffns
 
 
 def test_conversion_writes_a_verified_checkpoint(source: Path, text: Path, tmp_path: Path) -> None:

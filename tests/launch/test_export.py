@@ -95,6 +95,7 @@ EVERYTHING = {
     "mixers": "L+S F", "ffns": "d e",
     "branches": {"merge": "learned", "projections": "separate"},
     "moe": {"num_experts": 4, "top_k": 2, "balance": "bias", "intermediate_size": 12},
+    "sinks": {"num_tokens": 2},
 }  # fmt: skip
 
 

@@ -217,7 +217,6 @@ def test_missing_trained_length_is_written_out() -> None:
             r"model.linear.feature_map \(sigmoid\) must be relu in the gla_swa format",
         ),
         (dataclasses.replace(HYBRID, mixers="L S+L S"), Format.gla_swa, "must be only L and S"),
-        (plain(sinks=SinkConfig(num_tokens=2)), Format.qwen2, r"sinks.num_tokens \(2\) must be 0"),
         (plain(ffns="d d e"), Format.qwen2, r"model.ffns \(d d e\) must be only d"),
         (plain(qkv_bias=False), Format.qwen2, r"qkv_bias \(False\) must be true in the qwen2"),
         (plain(output_bias=True), Format.qwen2, r"output_bias \(True\) must be false"),

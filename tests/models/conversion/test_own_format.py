@@ -111,19 +111,23 @@ def test_keys_that_we_would_not_honour_are_refused(changes: dict[str, Any], mess
             r"model.branches .*mean.* must equal the source's, which has X\+Y layers: got .*sum",
         ),
         (
+            {"sinks": SinkConfig(num_tokens=3)},
+            r"model.sinks .*num_tokens=3.* must equal the source's, which has sink tokens: got ",
+        ),
+        (
             {"moe": CASES["sigmoid experts"]["moe"]},
             r"model.moe .*num_experts=5.* must equal the source's, which has e layers: got ",
         ),
     ],
 )
 def test_layers_that_no_conversion_makes(changes: dict[str, Any], message: str) -> None:
-    config = case("softmax experts")
+    config = case("softmax experts", sinks=SinkConfig(num_tokens=2))
     with pytest.raises(ValueError, match=message):
         plan_conversion(Listing(config), dataclasses.replace(config, **changes))
 
 
 def test_layers_beside_branches_and_experts_may_change() -> None:
-    config = case("softmax experts")
+    config = case("softmax experts", sinks=SinkConfig(num_tokens=2))
     plan = plan_conversion(Listing(config), dataclasses.replace(config, mixers="L+S L _ L+F"))
     kinds = {tensor.origin.kind.value for tensor in plan}
     assert kinds == {"copied", "new"}

@@ -23,6 +23,8 @@ from models.mixer_config import (
     LinearAttentionConfig,
     RopeConfig,
     RopeType,
+    SinkConfig,
+    SinkRope,
 )
 from models.model import Model
 from models.sequence import SequenceContext
@@ -88,6 +90,22 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "sigmoid experts": {"ffns": "d e d e", "moe": SIGMOID_EXPERTS},
     "softmax experts": {"ffns": "e*4", "mixers": "L+S F L+S L+F", "moe": SOFTMAX_EXPERTS},
+    "sinks before": {"sinks": SinkConfig(num_tokens=3), "qk_norm": True},
+    "absolute sinks": {
+        "mixers": "L+S F S+F L", "linear": KEY_TIED, "branches": LEARNED, "ffns": "d e e d",
+        "moe": SIGMOID_EXPERTS,
+        "sinks": SinkConfig(num_tokens=3, rope=SinkRope.absolute, through_linear=False),
+    },
+    "sinks without rope": {
+        "mixers": "L+S F S+F L",
+        "branches": BranchConfig(merge=BranchMerge.mean, projections=SEPARATE, norm=AFTER),
+        "sinks": SinkConfig(num_tokens=5, rope=SinkRope.none),
+    },
+    "sinks beside one of two": {
+        "mixers": "L+S F F+L L",
+        "branches": BranchConfig(merge=BranchMerge.learned, projections=SEPARATE),
+        "sinks": SinkConfig(num_tokens=2, rope=SinkRope.none, through_linear=False),
+    },
     "no shared experts": {"ffns": "d e e d", "moe": NO_SHARED_EXPERTS, "linear": KEY_TIED},
 }  # fmt: skip
 

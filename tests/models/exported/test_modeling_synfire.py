@@ -20,7 +20,7 @@ from tests.models.tiny import random_tokens, tiny_model
 from tests.support.closeness import relative_error
 
 pytest.importorskip("transformers")
-PADDED = ("all mixers", "shared branches", "sigmoid experts")
+PADDED = ("all mixers", "shared branches", "sigmoid experts", "absolute sinks")
 
 
 def both(name: str, folder: Path, **changes: Any) -> tuple[Model, Any]:
@@ -64,8 +64,9 @@ def test_generation_is_synfires_greedy_generation(name: str, tmp_path: Path) -> 
         assert torch.equal(twin.generate(prompt, **options, **more), expected), more
 
 
-def test_equal_scores_come_in_the_same_order(tmp_path: Path) -> None:
-    model = with_ties(tiny_model(case("sigmoid experts")))
+@pytest.mark.parametrize("name", ["sigmoid experts", "absolute sinks"])
+def test_equal_scores_come_in_the_same_order(name: str, tmp_path: Path) -> None:
+    model = with_ties(tiny_model(case(name)))
     twin = open_folder(save(model, tmp_path / "out"))
     tokens = random_tokens(2, 40)
     with torch.no_grad():
@@ -174,7 +175,9 @@ def test_a_spiking_model_spikes_unless_told_not_to(
     assert relative_error(silent, continuous) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["all mixers", "separate branches", "softmax experts"])
+@pytest.mark.parametrize(
+    "name", ["all mixers", "softmax experts", "absolute sinks", "sinks without rope"]
+)
 def test_loss_and_gradients_equal(name: str, tmp_path: Path) -> None:
     model, twin = both(name, tmp_path / "out")
     tokens = random_tokens(2, 24)
