@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 quickstart: setup
-	$(BIN)/python -m launch.quickstart size=$(QUICKSTART) model=$(MODEL)
+	$(BIN)/python -m launch.quickstart size=$(QUICKSTART) target=$(MODEL)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ class QuickstartConfig:
 
     `out` null: a folder of its own for each size. `num_processes` null: two, or one where there is
     one device. With `teacher` the continuation also learns from the base that was converted. With
-    `model=moe` the base is converted to `spikingbrain_nano_moe` too, and that one trained on.
+    `target=moe` the base is converted to `spikingbrain_nano_moe` too, and that one trained on.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -44,7 +44,7 @@ class QuickstartConfig:
     num_processes: int | None = None
     backend: BackendName = BackendName.auto
     teacher: bool = False
-    model: Target = Target.hybrid
+    target: Target = Target.hybrid
 
     def __post_init__(self) -> None:
         if self.num_processes is not None and self.num_processes < 1:
@@ -141,7 +141,7 @@ def plan_parts(config: QuickstartConfig, out: Path) -> Iterator[Part]:
          backend),
         3,
     )  # fmt: skip
-    if config.model is Target.moe:
+    if config.target is Target.moe:
         upcycled = out / "moe_converted"
         yield Part(
             "moe_convert", "convert",

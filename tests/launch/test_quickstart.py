@@ -36,12 +36,12 @@ CONFIG_NAMES = {
 
 
 @pytest.mark.parametrize("teacher", [False, True])
-@pytest.mark.parametrize("model", list(Target))
+@pytest.mark.parametrize("target", list(Target))
 @pytest.mark.parametrize("size", list(Size))
 def test_every_part_is_a_command_line_that_composes(
-    tmp_path: Path, size: Size, model: Target, teacher: bool
+    tmp_path: Path, size: Size, target: Target, teacher: bool
 ) -> None:
-    parts = list(plan_parts(QuickstartConfig(size=size, model=model, teacher=teacher), tmp_path))
+    parts = list(plan_parts(QuickstartConfig(size=size, target=target, teacher=teacher), tmp_path))
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
         arguments = list(part.arguments)
@@ -82,7 +82,7 @@ def test_each_size_has_a_folder_of_its_own() -> None:
 
 
 def test_control_continued_and_scratch_see_the_same_samples(tmp_path: Path) -> None:
-    config = QuickstartConfig(model=Target.moe)
+    config = QuickstartConfig(target=Target.moe)
     parts = {part.name: part for part in plan_parts(config, tmp_path)}
     seen = []
     for name in ("control", "continue", "scratch", "moe_continue"):
@@ -94,7 +94,7 @@ def test_control_continued_and_scratch_see_the_same_samples(tmp_path: Path) -> N
 def test_the_second_model_comes_after_all_of_the_first(tmp_path: Path) -> None:
     """So that what is there already stays."""
     first = list(plan_parts(QuickstartConfig(), tmp_path))
-    both = list(plan_parts(QuickstartConfig(model=Target.moe), tmp_path))
+    both = list(plan_parts(QuickstartConfig(target=Target.moe), tmp_path))
     assert both[: len(first) - 1] == first[:-1]
     assert both[-1] == first[-1]
     evaluated = [part.name for part in both[len(first) - 1 : -1] if part.module == "evaluate"]
@@ -103,7 +103,7 @@ def test_the_second_model_comes_after_all_of_the_first(tmp_path: Path) -> None:
 
 def test_spikes_begin_half_way(tmp_path: Path) -> None:
     for size in Size:
-        for part in plan_parts(QuickstartConfig(size=size, model=Target.moe), tmp_path):
+        for part in plan_parts(QuickstartConfig(size=size, target=Target.moe), tmp_path):
             if part.name not in ("continue", "scratch", "moe_continue"):
                 continue
             composed = compose_mapping("train", RunConfig, list(part.arguments))
