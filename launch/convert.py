@@ -33,6 +33,7 @@ from models.conversion.source_config import read_config, read_format
 from models.conversion.target_tensor import TargetTensor
 from models.layer_pattern import LayerPattern
 from models.layouts import is_new_parameter
+from models.mixer_config import GateKind
 from parallel.boxes import LazyTensor
 from parallel.checkpoint import CheckpointError, read_manifest, save_streamed
 
@@ -144,8 +145,14 @@ def _fit(
     if not any(becomes_new(read_config(source.config), target)):
         for key, is_given in given_for_new_layers(config).items():
             if is_given:
-                logger.warning("%s has no effect: no layer becomes L. Set mixers= or model=.", key)
+                logger.warning(
+                    "%s has no effect: no layer becomes L or X+Y. Set mixers= or model=.", key
+                )
         return Fitted()
+    if config.gate_init != "zero" and target.linear.gate is GateKind.key_tied:
+        logger.warning(
+            "gate_init has no effect: decays come from keys. Set model.linear.gate_offset."
+        )
     if text is None:
         if config.norm_init is NormInit.calibrated:
             logger.warning(

@@ -27,6 +27,7 @@ from models.conversion.huggingface import copy_tokenizer, read_json
 from models.conversion.new_parameters import UpcycleMode
 from models.conversion.source_config import read_config
 from models.expert_config import ExpertConfig
+from models.mixer_config import FeatureMap, GateKind, LinearAttentionConfig
 from parallel.checkpoint import read_manifest, read_tensors, tensor_dtypes, verify
 from tests.data.prepared_folder import random_documents, write_folder
 from tests.models.conversion import tiny_sources
@@ -255,6 +256,16 @@ def test_ffns_are_kept_where_only_mixers_change(source: Path, tmp_path: Path) ->
     named = dataclasses.replace(target, ffns="e d e d")
     assert target_model(hybrid(source, tmp_path, model=named), target).ffns == "e d e d"
     assert target_model(config(source, tmp_path, ffns="d e d d"), target).ffns == "d e d d"
+
+
+def test_a_half_life_without_gates_is_said_to_have_no_effect(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    linear = LinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.key_tied)
+    base = read_config(read_json(source / "config.json"))
+    convert(hybrid(source, tmp_path / "out", model=dataclasses.replace(base, linear=linear),
+                   gate_init=64))  # fmt: skip
+    assert "gate_init has no effect: decays come from keys" in caplog.text
 
 
 def test_upcycling_without_experts_is_said_to_have_no_effect(
