@@ -112,7 +112,7 @@ def test_keys_that_we_would_not_honour_are_refused(changes: dict[str, Any], mess
         ),
         (
             {"sinks": SinkConfig(num_tokens=3)},
-            r"model.sinks .*num_tokens=3.* must equal the source's, which has sink tokens: got ",
+            r"model.sinks .*num_tokens=3.* must equal the source's, which has them: got ",
         ),
         (
             {"moe": CASES["sigmoid experts"]["moe"]},
