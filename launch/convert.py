@@ -31,6 +31,7 @@ from models.conversion.own_format import read_spikes
 from models.conversion.source_checks import becomes_new, upcycled, warn_of_changes
 from models.conversion.source_config import read_config, read_format
 from models.conversion.target_tensor import TargetTensor
+from models.expert_config import RouterScore
 from models.layer_pattern import LayerPattern
 from models.layouts import is_new_parameter
 from models.mixer_config import GateKind
@@ -66,6 +67,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     check_key_bias(target, config.options)
     plan_conversion(source, target, config.options)  # refuses what does not fit, reads nothing
     warn_of_changes(base, target)
+    warn_of_new_parts(config, base, target)
     tokenizer = find_tokenizer(source.path)
     text = _sample(config, tokenizer)
     fitted = _fit(config, source, target, text)
@@ -97,6 +99,22 @@ def target_model(config: ConvertConfig, base: ModelConfig) -> ModelConfig:
         if getattr(target, name) is None:
             changes[name] = getattr(base, name)
     return dataclasses.replace(target, **changes)
+
+
+def warn_of_new_parts(config: ConvertConfig, base: ModelConfig, target: ModelConfig) -> None:
+    """Name options that the kind of gate or router makes idle or coarse."""
+    if config.gate_init != "zero" and target.linear.gate is GateKind.key_tied:
+        logger.warning(
+            "gate_init (%s) has no effect with linear.gate key_tied. Set model.linear.gate_offset.",
+            config.gate_init,
+        )
+    is_softmax = target.moe.score is RouterScore.softmax and not target.moe.renormalise
+    is_paper = config.upcycle.mode is UpcycleMode.paper
+    if is_paper and not is_softmax and upcycled(base, target):
+        logger.warning(
+            "upcycle.mode (paper) expects weights of 1 / num_experts, which this router does not "
+            "give: outputs start far from the dense FFN's. Use exact or measured."
+        )
 
 
 def refuse_occupied(out: Path) -> None:
