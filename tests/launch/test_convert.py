@@ -230,7 +230,7 @@ def test_branches_sinks_and_experts_of_a_preset_train(
 ) -> None:
     """The quickstart's second target at the source's sizes, from conversion to a step."""
     preset = load_config("convert", ConvertConfig, [
-        f"source={source}", f"out={tmp_path / 'out'}", "model=quickstart_moe",
+        f"source={source}", f"out={tmp_path / 'out'}", "model=spikingbrain_nano_moe",
         f"model.vocab_size={VOCABULARY}", "model.hidden_size=32", "model.intermediate_size=48",
         "model.head_dim=8", "model.tie_word_embeddings=false", "model.bos_token_id=1",
         "model.sinks.init=bos", f"text={text}", "text_tokens=256", "sequence_length=64",

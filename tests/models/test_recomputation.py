@@ -118,8 +118,8 @@ def test_no_bit_changes_and_statistics_are_recorded_once(
 def test_blocks_that_run_again_to_their_end_record_once() -> None:
     """Torch stops as soon as it has what it needs, by default."""
     with set_checkpoint_early_stop(False):
-        _, _, sums = _step(DETACHED, torch.float64, KINDS["all blocks"])
-    expected = _expected(DETACHED, torch.float64)[2]
+        _, _, sums = _step("one mixer", DETACHED, torch.float64, KINDS["all blocks"])
+    expected = _expected("one mixer", DETACHED, torch.float64)[2]
     assert all(torch.equal(sums[site], value) for site, value in expected.items())
 
 
