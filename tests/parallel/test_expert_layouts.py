@@ -15,13 +15,11 @@ import pytest
 from models.expert_config import Balance, ExpertConfig, RouterScore
 from models.lesson import Goals
 from models.mixer_config import BranchConfig, BranchMerge
-from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
-from parallel.mesh import init
-from tests.parallel.engine_cases import Case, Rule, RuleName, Run, build_engine, train
+from tests.parallel.engine_cases import Case, Rule, RuleName, Run
 from tests.parallel.engine_oracle import oracle, oracle_statistics
+from tests.parallel.layout_runs import runs_of
 from tests.support.closeness import assert_close
-from tests.support.distributed import run_ranks
 
 LOSS = 1e-10
 GRADIENT = 1e-9
@@ -107,7 +105,6 @@ FOUR = {
     "hsdp 2x2 parameters": case(DROPLESS, dp_replicate=2, shard=Shard.parameters),
 }
 LAYOUTS: dict[int, dict[str, Case]] = {1: ONE, 2: TWO, 4: FOUR}
-SIZES = {name: world_size for world_size, cases in LAYOUTS.items() for name in cases}
 CASES = {name: each for cases in LAYOUTS.values() for name, each in cases.items()}
 QUICK = {
     "one row", "dropless four rows", "capacity one row", "capacity four rows", "four rows",
@@ -118,28 +115,10 @@ QUICK = {
 NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 
 
-def train_each(rank: int, world_size: int, names: list[str]) -> dict[str, Run | None]:
-    results: dict[str, Run | None] = {}
-    for name in names:
-        each = CASES[name]
-        mesh = init(CpuBackend(), each.parallel)
-        run = train(build_engine(mesh, each), each)
-        results[name] = run if rank == 0 else None
-    return results
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run of a layout, made together with those of as many ranks that are as quick."""
-
-    @functools.cache
-    def together(world_size: int, is_quick: bool) -> dict[str, Run]:
-        names = [name for name in LAYOUTS[world_size] if (name in QUICK) is is_quick]
-        folder = tmp_path_factory.mktemp("layouts")
-        results: dict[str, Run] = run_ranks(train_each, world_size, names, tmp_path=folder)[0]
-        return results
-
-    return lambda name: together(SIZES[name], name in QUICK)[name]
+    """The run of a layout by its name."""
+    return runs_of(LAYOUTS, QUICK, tmp_path_factory)
 
 
 @functools.cache

@@ -27,9 +27,9 @@ from tests.parallel.engine_cases import (
     Run,
     build_engine,
     gather,
-    train,
 )
 from tests.parallel.engine_oracle import oracle, oracle_statistics
+from tests.parallel.layout_runs import runs_of
 from tests.parallel.test_elastic import Digests, Numbers, digests, resume, state_of, take_steps
 from tests.parallel.test_expert_layouts import BRANCHES, GRADIENT, LOSS, case
 from tests.support.closeness import assert_close
@@ -110,27 +110,10 @@ QUICK = {
 NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 
 
-def train_each(rank: int, world_size: int, names: list[str]) -> dict[str, Run | None]:
-    results: dict[str, Run | None] = {}
-    for name in names:
-        each = CASES[name]
-        run = train(build_engine(init(CpuBackend(), each.parallel), each), each)
-        results[name] = run if rank == 0 else None
-    return results
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run of a layout, made together with those of as many ranks that are as quick."""
-
-    @functools.cache
-    def together(world_size: int, is_quick: bool) -> dict[str, Run]:
-        names = [name for name in LAYOUTS[world_size] if (name in QUICK) is is_quick]
-        folder = tmp_path_factory.mktemp("experts")
-        results: dict[str, Run] = run_ranks(train_each, world_size, names, tmp_path=folder)[0]
-        return results
-
-    return lambda name: together(SIZES[name], name in QUICK)[name]
+    """The run of a layout by its name."""
+    return runs_of(LAYOUTS, QUICK, tmp_path_factory)
 
 
 @functools.cache

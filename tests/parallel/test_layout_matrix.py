@@ -13,20 +13,16 @@ import pytest
 
 from models.lesson import Goals
 from models.mixer_config import BranchConfig, BranchMerge, BranchNorm, BranchProjections
-from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
-from parallel.mesh import init
 from tests.parallel.engine_cases import (
     Case,
     Rule,
     RuleName,
     Run,
-    build_engine,
-    train,
 )
 from tests.parallel.engine_oracle import oracle, oracle_statistics
+from tests.parallel.layout_runs import runs_of
 from tests.support.closeness import assert_close
-from tests.support.distributed import run_ranks
 
 LOSS = 1e-10
 GRADIENT = 1e-9
@@ -143,7 +139,6 @@ ONE: dict[str, Case] = {
     "float32": case(precision=Precision.fp32, spiking=False),
 }
 LAYOUTS = {1: ONE, 2: TWO, 4: FOUR, 8: EIGHT}
-SIZES = {name: world_size for world_size, cases in LAYOUTS.items() for name in cases}
 CASES = {name: each for cases in LAYOUTS.values() for name, each in cases.items()}
 QUICK = {
     "float32", "tp2 float32", "tp2", "tp2 sequence tied recomputed",
@@ -157,28 +152,10 @@ DOUBLE = [each for each in NAMES if CASES[str(each.values[0])].precision is Prec
 SINGLE = [each for each in NAMES if each not in DOUBLE and each.values != ("float32",)]
 
 
-def train_each(rank: int, world_size: int, names: list[str]) -> dict[str, Run | None]:
-    results: dict[str, Run | None] = {}
-    for name in names:
-        each = CASES[name]
-        mesh = init(CpuBackend(), each.parallel)
-        run = train(build_engine(mesh, each), each)
-        results[name] = run if rank == 0 else None
-    return results
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run of a layout, made together with those of as many ranks that are as quick."""
-
-    @functools.cache
-    def together(world_size: int, is_quick: bool) -> dict[str, Run]:
-        names = [name for name in LAYOUTS[world_size] if (name in QUICK) is is_quick]
-        folder = tmp_path_factory.mktemp("layouts")
-        results: dict[str, Run] = run_ranks(train_each, world_size, names, tmp_path=folder)[0]
-        return results
-
-    return lambda name: together(SIZES[name], name in QUICK)[name]
+    """The run of a layout by its name."""
+    return runs_of(LAYOUTS, QUICK, tmp_path_factory)
 
 
 def test_the_quick_layouts_are_of_every_kind() -> None:
