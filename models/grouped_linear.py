@@ -57,13 +57,12 @@ class Groups:
         return self.counts.cumsum(0, dtype=torch.int32)
 
     def slices(self) -> Iterator[tuple[int, slice]]:
-        """Each expert with its rows, if it has any; waits for the device once."""
+        """Each expert with its rows, none for some; waits for the device once."""
         if self._sizes is None:
             self._sizes = self.counts.tolist()
         start = 0
         for expert, size in enumerate(self._sizes):
-            if size:
-                yield expert, slice(start, start + size)
+            yield expert, slice(start, start + size)
             start += size
 
 
@@ -134,8 +133,9 @@ def _sums_of_outer_products(left: Tensor, right: Tensor, groups: Groups) -> Tens
         product: Tensor = _grouped_mm(left.t(), right, offs=groups.ends)
         # A sum of nothing may never be written.
         return product.masked_fill_((groups.counts == 0)[:, None, None], 0.0)
-    out = left.new_zeros(groups.counts.shape[0], left.shape[1], right.shape[1])
+    out = left.new_empty(groups.counts.shape[0], left.shape[1], right.shape[1])
     for expert, rows in groups.slices():
+        # No rows: zeros.
         torch.mm(left[rows].t(), right[rows], out=out[expert])
     return out
 
