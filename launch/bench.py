@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from launch.bench_engine import ROWS
 from launch.bench_rows import Row, Setting
 from launch.compose import command
 from models.config import ModelConfig
+from parallel.backend.base import Backend
 from parallel.backend.detect import detect
 from parallel.config import BackendName, Precision
 from training.config import STRICT
@@ -124,6 +126,7 @@ def main(config: BenchConfig) -> None:
         torch.set_num_threads(config.num_threads)
     logging.getLogger("training").setLevel(logging.WARNING)
     backend = detect(config.backend)
+    say_what_is_not_set(backend)
     setting = Setting(
         backend=backend, device=backend.device(0), model=config.model,
         dtype=DTYPES[config.precision], short_tokens=config.short_tokens,
@@ -144,6 +147,14 @@ def main(config: BenchConfig) -> None:
     )
 
 
+def say_what_is_not_set(backend: Backend) -> None:
+    """Rows with large tensors are slower without some of what launch scripts export."""
+    proposed = backend.proposed_environment()
+    missing = [f"{name}={value}" for name, value in proposed.items() if name not in os.environ]
+    if missing:
+        logger.info("not set, though launch scripts export it: %s", " ".join(missing))
+
+
 def write_rows(rows: list[Row], out: Path, setting: Setting) -> None:
     """Write the rows as a JSON list, with the machine beside them in the same folder."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -153,6 +164,9 @@ def write_rows(rows: list[Row], out: Path, setting: Setting) -> None:
         "threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
         "vendor": setting.backend.vendor, "precision": str(setting.dtype).removeprefix("torch."),
         "kernels": [asdict(choice) for choice in setting.backend.kernel_choices()],
+        "environment": {
+            name: os.environ.get(name) for name in setting.backend.proposed_environment()
+        },
         "peak_memory_bytes": setting.backend.memory().peak_bytes,
         "model": TypeAdapter(ModelConfig).dump_python(setting.model, mode="json"),
     }  # fmt: skip

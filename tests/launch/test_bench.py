@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 
 from launch import bench_suites
-from launch.bench import SUITES, BenchConfig, Suite, write_rows
+from launch.bench import SUITES, BenchConfig, Suite, say_what_is_not_set, write_rows
 from launch.bench_models import build, full_attention, hugging_face
 from launch.bench_rows import ExactRow, Row, paired
 from launch.compose import load_config
 from launch.config_errors import ConfigError
 from models.cost import parameter_count
 from models.linear_attention import GatedLinearAttention
+from parallel.backend.cpu import CpuBackend
 from tests.launch.tiny_bench import setting
 from tests.models.tiny import tiny_config
 
@@ -93,6 +95,22 @@ def test_a_row_without_a_figure_says_nothing_in_its_place(tmp_path: Path) -> Non
     machine = json.loads(out.with_suffix(".machine.json").read_text())
     assert machine["vendor"] == "cpu"
     assert machine["model"]["hidden_size"] == tiny_config().hidden_size
+
+
+def test_what_launch_scripts_would_export_is_named_and_kept_beside_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    proposed = {"SET_HERE": "1", "NOT_SET_HERE": "2"}
+    monkeypatch.setattr(CpuBackend, "proposed_environment", lambda _: proposed)
+    monkeypatch.setenv("SET_HERE", "0")
+    with caplog.at_level(logging.INFO, logger="launch.bench"):
+        say_what_is_not_set(CpuBackend())
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [
+        "NOT_SET_HERE=2"
+    ]
+    write_rows([], tmp_path / "rows.json", setting())
+    machine = json.loads((tmp_path / "rows.machine.json").read_text())
+    assert machine["environment"] == {"SET_HERE": "0", "NOT_SET_HERE": None}
 
 
 def test_counts_are_met_when_they_are_equal_to_the_last_one() -> None:
