@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, load_tokenizer
 from launch.compose import command
 from launch.convert_config import ConvertConfig
-from launch.model_source import model_from_source
+from launch.model_source import model_from_source, open_source
 from launch.sample_text import SampleSizes, SampleText, read_sample
 from models.config import ModelConfig, SpikingConfig
 from models.conversion.attention_transfer import (
@@ -63,7 +63,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         CheckpointError: the checkpoint could not be written.
     """
     refuse_occupied(Path(config.out))
-    source = SafetensorsFolder(config.source)
+    source = open_source(config.source)
     base = read_config(source.config)
     target = target_model(config, base)
     check_key_bias(target, config.options)
@@ -169,10 +169,6 @@ def _fit(
                     "%s has no effect: no layer becomes L or X+Y. Set mixers= or model=.", key
                 )
         return Fitted()
-    if config.gate_init != "zero" and target.linear.gate is GateKind.key_tied:
-        logger.warning(
-            "gate_init has no effect: decays come from keys. Set model.linear.gate_offset."
-        )
     if text is None:
         if config.norm_init is NormInit.calibrated:
             logger.warning(

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from models.config import ModelConfig
-from models.conversion.huggingface import SafetensorsFolder
+from models.conversion.huggingface import CONFIG, SafetensorsFolder
 from models.conversion.source_config import read_config
 
 OPTIONAL = frozenset(
@@ -58,8 +58,24 @@ def model_from_source(raw: dict[str, Any]) -> dict[str, Any]:
     given = _given(raw["model"])
     if given.keys() >= OPTIONAL:
         return raw
-    own = _plain(read_config(SafetensorsFolder(raw["source"]).config))
+    own = _plain(read_config(open_source(raw["source"]).config))
     return {**raw, "model": _merged(own, given)}
+
+
+def open_source(path: str | Path) -> SafetensorsFolder:
+    """A Hugging Face folder to convert.
+
+    Raises:
+        ValueError: it is none; a checkpoint or a run of ours says how to make one of it.
+    """
+    folder = Path(path)
+    is_ours = (folder / "manifest.json").is_file() or (folder / "checkpoints").is_dir()
+    if is_ours and not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"source ({folder}) must be a Hugging Face folder: got a Synfire checkpoint. Write one "
+            f"of it first: python -m launch.export checkpoint={folder} out=DIR."
+        )
+    return SafetensorsFolder(folder)
 
 
 def checkpoint_model(path: str | Path) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def test_a_half_life_without_gates_is_said_to_have_no_effect(
     base = read_config(read_json(source / "config.json"))
     convert(hybrid(source, tmp_path / "out", model=dataclasses.replace(base, linear=linear),
                    gate_init=64))  # fmt: skip
-    assert "gate_init has no effect: decays come from keys" in caplog.text
+    assert caplog.text.count("gate_init") == 1
 
 
 def test_upcycling_without_experts_is_said_to_have_no_effect(

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from launch.compose import compose_mapping, typed
 from launch.config_errors import ConfigError
+from launch.convert import convert
 from launch.convert_config import ConvertConfig
 from launch.model_source import model_from_checkpoint, model_from_source
 from models.config import ModelConfig
@@ -54,6 +55,14 @@ def test_a_conversion_to_a_preset_reads_no_source(source: Path) -> None:
     assert named is not None
     assert (named.hidden_size, named.rms_norm_eps) == (3584, 0.5)
     assert to_convert(source / "nowhere") is None
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "checkpoints/step_00000001/manifest.json"])
+def test_a_checkpoint_of_ours_is_told_how_to_become_a_source(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"got a Synfire checkpoint.*launch\.export checkpoint="):
+        convert(ConvertConfig(source=str(tmp_path), out=str(tmp_path / "out")))
 
 
 def test_options_without_a_model_say_how_to_get_one(source: Path) -> None:
