@@ -16,6 +16,8 @@ from pydantic import TypeAdapter
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.config import ModelConfig, NeuronKind, SpikingConfig
+from models.conversion.huggingface import CONFIG, read_json
+from models.conversion.own_format import read_spikes
 from models.model import Model
 from models.spiking.neurons import Spikes
 from models.spiking.recorder import SpikeRecorder
@@ -112,13 +114,19 @@ def full_spikes(config: SpikingConfig, recorder: SpikeRecorder | None = None) ->
     return Spikes(k=config.k, blend=1.0, recorder=recorder)
 
 
+def _trained_spiking(source: WeightSource) -> SpikingConfig | None:
+    """As its manifest, or the config.json of our own Hugging Face format, says."""
+    if source.manifest is None:
+        own = read_spikes(read_json(source.path / CONFIG))
+        return None if own is None else own[0]
+    saved = source.manifest.get("spiking")
+    return None if saved is None else TypeAdapter(SpikingConfig).validate_python(saved)
+
+
 def _note_spiking(source: WeightSource, spiking: SpikingConfig | None) -> None:
     """Say so when a model runs with another neuron than it was trained with."""
-    saved = (source.manifest or {}).get("spiking")
-    if saved is None:
-        return
-    trained = TypeAdapter(SpikingConfig).validate_python(saved)
-    if trained.neuron is NeuronKind.off:
+    trained = _trained_spiking(source)
+    if trained is None or trained.neuron is NeuronKind.off:
         return
     here = spiking or SpikingConfig()
     overrides = [f"spiking={trained.neuron.value}"] if here.neuron is not trained.neuron else []

@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from launch.config_errors import ConfigError, explain_hydra, explain_value
 from launch.overrides import drop_launcher_arguments, quote_values
 from launch.preflight import check_packages
-from launch.schema import CONF, flat_keys, help_text, schema_tree
+from launch.schema import CONF, flat_keys, help_text, schema_tree, unset_tree
 from models.config import ModelConfig
 from parallel.process_group import end_process
 
@@ -136,9 +136,13 @@ def configure_logging() -> None:
 
 
 def _register(name: str, schema: type[Any]) -> None:
-    store = ConfigStore.instance()
-    store.store(name=f"{name}_schema", node=schema_tree(schema))
+    store, tree = ConfigStore.instance(), schema_tree(schema)
+    if tree.get("model") is not None:
+        # Defaults come with a choice of model, so that one which has none shows what was given.
+        tree["model"] = unset_tree(ModelConfig)
+    store.store(name=f"{name}_schema", node=tree)
     store.store(group="model", name="base", node=schema_tree(ModelConfig))
+    store.store(group="model", name="unset", node=unset_tree(ModelConfig))
 
 
 def _root(name: str) -> str:

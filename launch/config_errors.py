@@ -19,7 +19,7 @@ def explain_hydra(error: Exception, schema: type[Any], overrides: list[str]) -> 
     for override in overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         if f"'{key}'" in text and ("not in struct" in text or "Could not override" in text):
-            return f"{key} is not a known key.{_nearest(key, list(flat_keys(schema)))}"
+            return _unknown(key, list(flat_keys(schema)))
     missing = re.search(r"Could not find '(.+?)/([^/']+)'", text)
     if missing:
         group, choice = missing.groups()
@@ -39,13 +39,25 @@ def explain_value(item: dict[str, Any], known: list[str]) -> str:
         return f"{key} must be set: it has no default. Add {key}=..."
     if kind == "enum":
         choices = str(item.get("ctx", {}).get("expected", "")).replace("'", "")
-        return f"{key} ({value}) must be one of {choices}.{_nearest(str(value), choices.split())}"
+        words = re.split(r", | or ", choices)
+        return f"{key} ({value}) must be one of {choices}.{_nearest(str(value), words)}"
     if kind == "value_error":
         message = str(item["ctx"]["error"])
         return message if not key or message.startswith(key) else f"{key}: {message}"
     rule = str(item["msg"])
     rule = rule[0].lower() + rule[1:]
     return f"{key} ({value!r}) {rule.replace('input should', 'must')}. Change {key}."
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    """A key that is not there, or not yet: a group that is null has none."""
+    if key not in known:
+        return f"{key} is not a known key.{_nearest(key, known)}"
+    group = key.partition(".")[0]
+    return (
+        f"{key} must come with {group}=NAME: there is no {group} to change. Add "
+        f"{group}=from_checkpoint for the source's own, or another {group} (--help lists them)."
+    )
 
 
 def _nearest(key: str, known: list[str]) -> str:

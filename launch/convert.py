@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from data.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer, load_tokenizer
 from launch.compose import command
 from launch.convert_config import ConvertConfig
+from launch.model_source import model_from_source, open_source
 from launch.sample_text import SampleSizes, SampleText, read_sample
 from models.config import ModelConfig, SpikingConfig
 from models.conversion.attention_transfer import (
@@ -43,12 +44,13 @@ logger = logging.getLogger(__name__)
 CERTIFICATE = "certificate.json"
 
 
-@command("convert", ConvertConfig)
+@command("convert", ConvertConfig, resolve=model_from_source)
 def main(config: ConvertConfig) -> None:
     """Convert a Hugging Face folder to a Synfire checkpoint with a certificate.
 
     source=DIR out=DIR imports a model as it is; model=NAME or mixers='[L S]*n' window_tokens=W
-    or ffns='[d e]*n' make it another architecture. Streams tensor by tensor.
+    or ffns='[d e]*n' make it another architecture. Streams tensor by tensor. For other options of a
+    model of the source's sizes: model=from_checkpoint model.moe.num_experts=8.
     """
     convert(config)
 
@@ -61,7 +63,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         CheckpointError: the checkpoint could not be written.
     """
     refuse_occupied(Path(config.out))
-    source = SafetensorsFolder(config.source)
+    source = open_source(config.source)
     base = read_config(source.config)
     target = target_model(config, base)
     check_key_bias(target, config.options)
@@ -167,10 +169,6 @@ def _fit(
                     "%s has no effect: no layer becomes L or X+Y. Set mixers= or model=.", key
                 )
         return Fitted()
-    if config.gate_init != "zero" and target.linear.gate is GateKind.key_tied:
-        logger.warning(
-            "gate_init has no effect: decays come from keys. Set model.linear.gate_offset."
-        )
     if text is None:
         if config.norm_init is NormInit.calibrated:
             logger.warning(

@@ -32,6 +32,15 @@ def schema_tree(schema: type[Any]) -> dict[str, Any]:
     return tree
 
 
+def unset_tree(schema: type[Any]) -> dict[str, Any]:
+    """Every key of a dataclass tree, all to be told by something else (`???`)."""
+
+    def unset(tree: dict[str, Any]) -> dict[str, Any]:
+        return {key: unset(each) if isinstance(each, dict) else "???" for key, each in tree.items()}
+
+    return unset(schema_tree(schema))
+
+
 def flat_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
     """Dotted names of every leaf key, optional sub-trees included."""
     hints = typing.get_type_hints(schema)

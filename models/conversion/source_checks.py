@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from enum import Enum
 
 from models.config import ModelConfig
 from models.conversion.config_keys import Format
@@ -44,17 +46,27 @@ def check_target(source: ModelConfig, target: ModelConfig) -> None:
 
 
 def _check_sinks(source: ModelConfig, target: ModelConfig) -> None:
-    if source.uses_sinks and source.sinks != target.sinks:
-        raise ValueError(
-            f"model.sinks ({target.sinks}) must equal the source's, which has them: got "
-            f"{source.sinks}."
-        )
+    if source.uses_sinks:
+        _check_same(source, target, "sinks", "sinks")
     token, is_read = target.bos_token_id, target.uses_sinks and target.sinks.init is SinkInit.bos
     if is_read and token is not None and not 0 <= token < target.vocab_size:
         raise ValueError(
             f"model.bos_token_id ({token}) must have an embedding for sinks.init (bos): got "
             f"vocab_size {target.vocab_size}. Set model.bos_token_id, or sinks.init=random."
         )
+
+
+def _check_same(source: ModelConfig, target: ModelConfig, group: str, parts: str) -> None:
+    """Refuse other options of what the source has already, by the first that differs."""
+    before, after = getattr(source, group), getattr(target, group)
+    for field in dataclasses.fields(before):
+        given, kept = (getattr(each, field.name) for each in (after, before))
+        if given != kept:
+            given, kept = (v.value if isinstance(v, Enum) else v for v in (given, kept))
+            raise ValueError(
+                f"model.{group}.{field.name} ({given}) must equal the source's, which has {parts}: "
+                f"got {kept}. Leave model.{group} as it is there (model=from_checkpoint does)."
+            )
 
 
 def _check_mixers(source: ModelConfig, target: ModelConfig) -> None:
@@ -65,12 +77,8 @@ def _check_mixers(source: ModelConfig, target: ModelConfig) -> None:
         ("branches", any(len(layer) > 1 for layer in mixers), "X+Y"),
         ("moe", FfnKind.mixture_of_experts in source.layers.ffns, "e"),
     ):
-        ours, theirs_value = getattr(target, key), getattr(source, key)
-        if is_read and ours != theirs_value:
-            raise ValueError(
-                f"model.{key} ({ours}) must equal the source's, which has {layers} layers: got "
-                f"{theirs_value}."
-            )
+        if is_read:
+            _check_same(source, target, key, f"{layers} layers")
     pairs = zip(source.layers.mixers, target.layers.mixers, strict=True)
     for index, (before, after) in enumerate(pairs):
         is_transformers = len(before) == 1 and MixerKind.linear not in before

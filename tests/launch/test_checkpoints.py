@@ -104,6 +104,22 @@ def test_another_neuron_than_the_trained_one_is_said(
     assert caplog.text == ""
 
 
+def test_an_exported_model_that_spikes_is_said_to_run_without(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for format in ("synfire", "gla_swa"):
+        arguments = [f"checkpoint={trained}", f"out={tmp_path / format}", f"format={format}"]
+        export(load_config("export", ExportConfig, arguments))
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    open_model(tmp_path / "synfire")
+    assert "was trained with spiking and runs without it; add spiking=adaptive" in caplog.text
+    caplog.clear()
+    open_model(tmp_path / "synfire", spiking=ADAPTIVE)
+    open_model(tmp_path / "gla_swa")
+    assert "spik" not in caplog.text
+
+
 def test_one_damaged_checkpoint_is_refused_by_its_name(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "one"
     shutil.copytree(step_directory(trained, 6), folder)
