@@ -131,6 +131,7 @@ def job_flops(job: Job) -> FlopsPerToken:
         job.model,
         mean_visible([job.length]),
         mean_visible([job.length], job.model.visible_window_tokens),
+        microbatch_tokens=job.microbatch_rows * job.length,
     )
 
 
