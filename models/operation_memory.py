@@ -10,11 +10,12 @@ Shape letters: T tokens of the microbatch, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
 from models.kernel_memory import Heads
 from models.memory_tape import Tape, Value
+from models.mixer_config import SinkConfig
 
 PLAIN_KERNELS = ("chunked", "blocked")
 """Those of a device that has no others: a processor."""
@@ -54,6 +55,18 @@ class Workload:
         """Bytes of the residual stream on this rank."""
         return self.stream_tokens * self.model.hidden_size * self.narrow
 
+    def of_sinks(self) -> Workload:
+        """The stream of sinks as a microbatch of its own, of which nothing is dropped or learned.
+
+        Its sinks are tokens: the model has none beside them.
+        """
+        count = self.model.sinks.num_tokens
+        unlimited = replace(
+            self.model.moe, capacity_factor=None, balance_coefficient=0.0, z_loss_coefficient=0.0
+        )
+        model = replace(self.model, sinks=SinkConfig(), moe=unlimited)
+        return replace(self, model=model, rows=1, length=count)
+
     @property
     def is_narrow(self) -> bool:
         """Whether modules widen their input to compute."""
@@ -78,6 +91,12 @@ class Again:
     mixer: bool = False
     experts: bool = False
     expert_layer: bool = False
+
+    def of_sinks(self, *, is_read: bool) -> Again:
+        """The same of the stream of sinks; nothing asks for parts of what nobody reads."""
+        if not is_read or self.expert_layer:
+            return Again(block=self.block)
+        return replace(self, mixer=False)
 
 
 def norm(tape: Tape, x: Value, num_rows: int, work: Workload) -> Value:
