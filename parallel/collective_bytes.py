@@ -17,8 +17,8 @@ from parallel.config import Shard
 from parallel.expert_bytes import COUNT_BYTES, Messages
 from parallel.memory_replay import StageBytes
 from parallel.pipeline_cut import StageCut
-from parallel.planned import Assignment
-from parallel.region_traffic import of_sinks, sinks_are_read, tensor_parallel
+from parallel.planned import Assignment, sinks_are_read
+from parallel.region_traffic import of_sinks, tensor_parallel
 from parallel.schedule_order import Action, Work
 from parallel.traffic import Kind, Traffic
 from parallel.unit_sizes import own_rows, partial_elements, vocabulary_rows

@@ -17,7 +17,7 @@ from models.mixer_memory import has_head_norm, num_output_projections
 from models.operation_memory import Again
 from parallel.expert_bytes import COUNT_BYTES
 from parallel.pipeline_cut import StageCut
-from parallel.planned import Assignment
+from parallel.planned import Assignment, sinks_are_read
 from parallel.traffic import Kind, Traffic
 
 
@@ -48,14 +48,6 @@ def of_sinks(given: Assignment) -> Assignment:
     """The stream of sinks of each microbatch as work of its own."""
     work = given.work.of_sinks()
     return replace(given, work=work, job=replace(given.job, model=work.model))
-
-
-def sinks_are_read(stage: StageCut, layer: int) -> bool:
-    """Whether the sinks that leave a layer enter another, and so get a gradient.
-
-    FSDP2 and torch's pipelining give zeros to whatever enters a block or a stage.
-    """
-    return not (stage.has_head and layer == stage.end_layer - 1)
 
 
 def _mixer(given: Assignment, layer: int, again: Again) -> Iterator[Traffic]:
