@@ -227,21 +227,21 @@ def test_a_block_with_sinks_keeps_what_is_planned(
             assert_kept(real, rows, length, sinks_are_read=are_read)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["F before", "S none", "L sinks", "L past", "L+S sinks", "L+S past",
-     "F+L shared-after_output-learned", "F+L separate-before_output-learned",
-     "F sinks, capacity"],
-)  # fmt: skip
-@pytest.mark.parametrize("again", EXPERTS_AGAIN)
+SINKS_AGAIN = [
+    *((name, again) for name in (
+        "F before", "S none", "L sinks", "L past", "L+S sinks", "L+S past",
+        "F+L shared-after_output-learned", "F+L separate-before_output-learned",
+    ) for again in AGAIN),
+    *(("F sinks, capacity", again) for again in EXPERTS_AGAIN),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "again"), SINKS_AGAIN)
 @pytest.mark.parametrize("spiking", ["off", "detached"])
 def test_a_block_with_sinks_that_computes_parts_again_keeps_what_is_planned(
     name: str, again: str, spiking: str
 ) -> None:
-    kinds = EXPERTS_AGAIN[again]
-    if "capacity" not in name and (kinds.experts or kinds.expert_layer):
-        pytest.skip("no experts")
-    real = Real(name, SPIKING[spiking], torch.bfloat16, kinds)
+    real = Real(name, SPIKING[spiking], torch.bfloat16, EXPERTS_AGAIN[again])
     for are_read in (True, False):
         assert_kept(real, 2, 200, sinks_are_read=are_read)
 
