@@ -70,7 +70,7 @@ def hugging_face(setting: Setting, attention: str) -> nn.Module:
 def row_flops(config: ModelConfig, length: int) -> float:
     """Training FLOPs of one document of `length` tokens."""
     visible = (mean_visible([length], window) for window in (None, config.visible_window_tokens))
-    return flops_per_token(config, *visible) * length
+    return flops_per_token(config, *visible, microbatch_tokens=length) * length
 
 
 def random_tokens(setting: Setting, length: int) -> Tensor:

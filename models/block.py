@@ -59,8 +59,10 @@ class Block(nn.Module):
                     x = x + self.mixer(normed, sequence, spikes)
                 else:
                     sinks_normed = unobserved(self.mixer_norm)(sinks)
-                    mixed, sinks_mixed = self.mixer(normed, sequence, spikes, sinks_normed)
-                    x, sinks = x + mixed, _add(sinks, sinks_mixed)
+                    mixed = self.mixer(normed, sequence, spikes, sinks_normed)
+                    x, sinks = x + mixed[0], _add(sinks, mixed[1])
+                    # As large as x, which the feed-forward layer has beside it.
+                    del mixed
         with recomputed(self.ffn_norm, x, when=self._norms_again) as normed:
             if isinstance(self.ffn, SwiGLU):
                 out: Tensor = x + self.ffn(normed, spikes)

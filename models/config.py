@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from models.expert_config import ExpertConfig
-from models.layer_pattern import FfnKind, LayerPattern, MixerKind
+from models.layer_pattern import FfnKind, LayerPattern, MixerKind, Mixers
 from models.mixer_config import (
     BranchConfig,
     LinearAttentionConfig,
@@ -136,6 +136,15 @@ class ModelConfig:
     def uses_sinks(self) -> bool:
         """Whether tokens attend to learned ones."""
         return self.sinks.num_tokens > 0
+
+    @property
+    def sink_mixers(self) -> tuple[Mixers, ...]:
+        """The mixers of each layer that sinks run through, and whose tokens see them."""
+        passed_by = () if self.sinks.through_linear else (MixerKind.linear,)
+        return tuple(
+            tuple(kind for kind in each if self.uses_sinks and kind not in passed_by)
+            for each in self.layers.mixers
+        )
 
     @property
     def is_plain_transformer(self) -> bool:

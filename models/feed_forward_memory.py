@@ -36,11 +36,12 @@ INDEX = 8
 def swiglu(tape: Tape, x: Value, work: Workload, again: Again) -> Value:
     """The block's second norm and `models.feed_forward.SwiGLU`."""
     bias, width = work.model.ffn_bias, work.model.intermediate_size // work.tp
-    normed, x = norm_and_enter(tape, x, work, again)
-    gate = column(tape, x, width, work, bias=bias)
-    up = column(tape, x, width, work, bias=bias)
+    normed, x = norm_and_enter(tape, x, work, again, "ffn_norm")
+    gate = column(tape, x, width, work, bias=bias, of="gate_proj")
+    up = column(tape, x, width, work, bias=bias, of="up_proj")
     product, encoded = _activated(tape, gate, up, work.tokens, work, again)
-    return row(tape, encoded, width, work, bias=bias, holds=[normed, product])
+    holds = [normed, product]
+    return row(tape, encoded, width, work, bias=bias, holds=holds, of="down_proj")
 
 
 def _activated(  # noqa: PLR0913 - what lies between three products
@@ -58,8 +59,8 @@ def expert_layer(tape: Tape, x: Value, work: Workload, again: Again) -> list[Val
 
     Returns its output and whatever else has a gradient at the end: the router's losses.
     """
-    with tape.computed_again(again.norms):
-        normed = norm(tape, x, work.stream_tokens, work)
+    with tape.computed_again(again.norms and again.block_norms):
+        normed = norm(tape, x, work.stream_tokens, work, "ffn_norm")
     layer = _ExpertLayer(tape, work, again)
     tape.keep(layer.plan_bytes())
     with tape.computed_again(again.expert_layer):
@@ -139,7 +140,7 @@ class _ExpertLayer:
         with tape.computed_again(self.again.activations):
             x = widened(tape, x, work)
             matrix = num_experts * self.model.hidden_size * work.wide
-            logits = tape.op(x, makes=size, saves=[x], weights=matrix, is_product=True)
+            logits = tape.op(x, makes=size, saves=[x], weights=matrix, of="router", is_product=True)
         # The order of equals, and whose turn it is.
         scratch = tokens * num_experts * (3 * INDEX + 1)
         scores = tape.op(logits, makes=size, saves_output=True, scratch=scratch)
@@ -159,10 +160,11 @@ class _ExpertLayer:
         tape, work = self.tape, self.work
         width = self.moe.num_shared_experts * self.model.expert_intermediate_size // work.tp
         with tape.computed_again(self.again.experts):
-            gate = column(tape, entered, width, work, bias=False)
-            up = column(tape, entered, width, work, bias=False)
+            gate = column(tape, entered, width, work, bias=False, of="shared.gate_proj")
+            up = column(tape, entered, width, work, bias=False, of="shared.up_proj")
             product, encoded = _activated(tape, gate, up, work.tokens, work, self.again)
-        return row(tape, encoded, width, work, bias=False, holds=[entered, product])
+        holds = [entered, product]
+        return row(tape, encoded, width, work, bias=False, holds=holds, of="shared.down_proj")
 
     def _visit(self, entered: Value) -> Value:
         """What the experts make of their rows, back where those are from."""
@@ -199,12 +201,14 @@ class _ExpertLayer:
         num_experts = self.moe.num_experts // work.ep
         matrix = num_experts * inner * self.model.hidden_size * work.narrow
         size = self.rows * inner * work.narrow
-        gate = tape.op(rows, makes=size, saves=[rows], weights=matrix, is_product=True)
-        up = tape.op(rows, makes=size, saves=[rows], weights=matrix, is_product=True)
+        gate, up = (
+            tape.op(rows, makes=size, saves=[rows], weights=matrix, of=of, is_product=True)
+            for of in ("experts.gate_proj", "experts.up_proj")
+        )
         product, encoded = _activated(tape, gate, up, self.rows, work, self.again)
         return tape.op(
             encoded, makes=self.row_bytes, saves=[encoded], weights=matrix,
-            holds=[own, gate, up, product], is_product=True,
+            of="experts.down_proj", holds=[own, gate, up, product], is_product=True,
         )  # fmt: skip
 
     def _combine(self, routed: Value, weights: Value, holds: list[Value]) -> Value:

@@ -13,21 +13,23 @@ from models.operation_memory import PLAIN_KERNELS, Workload, enter, norm
 
 
 def embedding_footprint(work: Workload, vocab_rows: int) -> Footprint:
-    """Of the embedding, from nothing to the residual stream; it keeps only the tokens' ids.
+    """Of the embedding, from nothing to the streams; it keeps only the tokens' ids.
 
     Where the vocabulary is cut, the rows found and those with other ranks' tokens masked exist
     beside the sum over ranks.
     """
     whole = work.tokens * work.model.hidden_size * work.narrow
     aside = 2 * whole if work.tp > 1 else 0
-    gradient = vocab_rows * work.model.hidden_size * work.narrow
+    gradient = (vocab_rows + work.model.sinks.num_tokens) * work.model.hidden_size * work.narrow
+    makes = work.stream + (work.of_sinks().stream if work.model.uses_sinks else 0)
     return Footprint(
         kept=0,
-        forward_peak=work.stream + aside,
-        backward_peak=work.stream + aside + gradient,
-        later_backward_peak=work.stream + aside + gradient,
+        forward_peak=makes + aside,
+        backward_peak=makes + aside + gradient,
+        later_backward_peak=makes + aside + gradient,
         weight_gradients=gradient,
-        traffic=2 * work.stream,
+        traffic=2 * makes,
+        makes=makes,
     )
 
 
@@ -38,7 +40,7 @@ def head_footprint(work: Workload, vocab_rows: int, *, chunk_tokens: int) -> Foo
     there. The gradient of the head's weight adds up in the wide dtype.
     """
     tape = Tape(work.stream)
-    hidden = enter(tape, norm(tape, tape.source, work.stream_tokens, work), work)
+    hidden = enter(tape, norm(tape, tape.source, work.stream_tokens, work, "final_norm"), work)
     weight = vocab_rows * work.model.hidden_size
     chunk = min(chunk_tokens, work.tokens) * vocab_rows
     before = 1 if work.tokens > chunk_tokens else 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.kernels.blocked import band_geometry
+from models.kernels.flash_sinks import QUERIES_A_COPY
 from models.kernels.tiling import Tiling
 
 FLA_CHUNK_TOKENS = 64
@@ -61,33 +62,77 @@ class KernelMemory:
     backward_scratch: int
 
 
-def softmax_memory(kernel: str, heads: Heads, window: int | None) -> KernelMemory:
-    """Of `blocked` or `flash_attn`, for a window of visible keys or None."""
+@dataclass(frozen=True, slots=True)
+class SinkSizes:
+    """How many keys every query sees besides; `scores_apart`: other queries score them."""
+
+    count: int
+    scores_apart: bool
+
+
+NO_SINKS = SinkSizes(0, scores_apart=False)
+
+
+def softmax_memory(
+    kernel: str, heads: Heads, window: int | None, sinks: SinkSizes | None = None
+) -> KernelMemory:
+    """Of `blocked` or `flash_attn`, for a window of visible keys or None, with sinks or None."""
+    sinks = sinks or NO_SINKS
     if kernel == "flash_attn":
         # One float32 sum a query; the backward adds up the gradient of q in float32.
         sums = heads.tokens * heads.num_queries * 4
-        return KernelMemory(_QKV, True, sums, 0, heads.query_elements * 4 + sums)
+        # Keys, values and their gradients, once a piece of queries.
+        copies = -(-heads.tokens // QUERIES_A_COPY) * sinks.count if sinks.count else 0
+        beside = 4 * copies * heads.num_keys * heads.dim * heads.narrow
+        if sinks.count and not sinks.scores_apart:
+            beside += heads.query_elements * heads.narrow
+        backward = heads.query_elements * 4 + sums + beside
+        return KernelMemory(_QKV, True, sums, _merging(heads, heads.tokens, sinks), backward)
     if window is None or window >= heads.length:
         sums = heads.tokens * heads.num_queries * heads.wide
-        return KernelMemory(_QKV, True, sums, 0, heads.key_elements * heads.narrow)
-    return _banded(heads, window)
+        beside = _sink_gradients(heads, heads.tokens, heads.rows, sinks)
+        backward = heads.key_elements * heads.narrow + beside
+        return KernelMemory(_QKV, True, sums, _merging(heads, heads.tokens, sinks), backward)
+    return _banded(heads, window, sinks)
 
 
-def linear_memory(kernel: str, heads: Heads) -> KernelMemory:
-    """Of `chunked` or `fla`; operands are q, k, v and the log decay."""
-    return _fla(heads) if kernel == "fla" else _chunked(heads)
+def _merging(heads: Heads, tokens: int, sinks: SinkSizes) -> int:
+    """Beside merged outputs of so many queries: both parts, in the wide dtype too, and that."""
+    queries = tokens * heads.num_queries * heads.dim
+    if not sinks.count:
+        return 0
+    if heads.narrow == heads.wide:
+        return 2 * queries * heads.narrow
+    return queries * (heads.narrow + 3 * heads.wide)
+
+
+def _sink_gradients(heads: Heads, tokens: int, rows: int, sinks: SinkSizes) -> int:
+    """Beside the gradients of a piece: those of its queries for sinks, and of sinks row by row."""
+    if not sinks.count:
+        return 0
+    queries = tokens * heads.num_queries * (2 if sinks.scores_apart else 1)
+    keys = 2 * rows * sinks.count * heads.num_keys
+    return (queries + keys) * heads.dim * heads.narrow
+
+
+def linear_memory(kernel: str, heads: Heads, *, has_state: bool = False) -> KernelMemory:
+    """Of `chunked` or `fla`; operands are q, k, v and the log decay.
+
+    `has_state`: rows start from a state that somebody else keeps.
+    """
+    return _fla(heads, has_state) if kernel == "fla" else _chunked(heads, has_state)
 
 
 _QKV = frozenset({"q", "k", "v"})
 
 
-def _banded(heads: Heads, window: int) -> KernelMemory:
+def _banded(heads: Heads, window: int, sinks: SinkSizes) -> KernelMemory:
     """Of `models.kernels.blocked`: the first window as one causal call, then groups of bands."""
     rows = heads.rows
     share = heads.num_queries // heads.num_keys
     later = heads.length - window
     block, group = band_geometry(later, window)
-    keys = stacked = masks = backward = 0
+    keys = stacked = masks = backward = merging = 0
     for start in range(0, later, group):
         count = min(group, later - start)
         blocks, rest = divmod(count, block)
@@ -104,14 +149,17 @@ def _banded(heads: Heads, window: int) -> KernelMemory:
         # gradient of its output is copied once, for grouped heads twice.
         bands = 2 * rows * blocks * (window - 1 + block) * heads.num_keys
         copies = (3 if share > 1 else 2) * rows * blocks * block * heads.num_queries
-        backward = max(backward, bands + copies)
+        needed = (bands + copies) * heads.dim * heads.narrow
+        needed += _sink_gradients(heads, rows * count, rows * blocks, sinks)
+        backward = max(backward, needed)
+        merging = max(merging, _merging(heads, rows * count, sinks))
     # The causal call copies the keys and values of its window unless it groups heads itself.
     keys += rows * window if share == 1 else 0
     key_bytes = keys * heads.num_keys * heads.dim * heads.narrow
     query_bytes = heads.query_elements * heads.narrow
     aside = (
         2 * key_bytes
-        + stacked * heads.num_queries * heads.dim * heads.narrow
+        + stacked * heads.num_queries * heads.dim * heads.narrow * (1 + sinks.scores_apart)
         + masks * heads.narrow
         # Outputs of the pieces, and one sum a query.
         + query_bytes
@@ -119,12 +167,12 @@ def _banded(heads: Heads, window: int) -> KernelMemory:
     )
     operands = _QKV if share > 1 else frozenset({"q"})
     # What the kernel returns is not there yet.
-    made = heads.query_elements + 2 * heads.key_elements
-    later_bytes = max(0, backward * heads.dim - made) * heads.narrow
-    return KernelMemory(operands, False, aside, query_bytes, later_bytes)
+    made = (heads.query_elements + 2 * heads.key_elements) * heads.narrow
+    scratch = max(query_bytes, merging - query_bytes)
+    return KernelMemory(operands, False, aside, scratch, max(0, backward - made))
 
 
-def _chunked(heads: Heads) -> KernelMemory:
+def _chunked(heads: Heads, has_state: bool) -> KernelMemory:
     """Of `models.kernels.chunked`: operands and a state a tile; the workspace of one tile.
 
     The workspace counts tensors of a tile that exist together: as large as its queries, as its
@@ -143,13 +191,13 @@ def _chunked(heads: Heads) -> KernelMemory:
     return KernelMemory(
         operands=_QKV | {"log_decay"},
         keeps_output=False,
-        aside=state * len(tiling.spans()),
+        aside=state * (len(tiling.spans()) - has_state),
         scratch=int(forward) * heads.wide,
         backward_scratch=int(backward) * heads.wide + 2 * state,
     )
 
 
-def _fla(heads: Heads) -> KernelMemory:
+def _fla(heads: Heads, has_state: bool) -> KernelMemory:
     """Of `chunk_gla` 0.6: keys, values and float32 gates once a query head, scores in chunks.
 
     Its backward computes the states of all chunks again, in float32 as all gradients are.
@@ -158,5 +206,7 @@ def _fla(heads: Heads) -> KernelMemory:
     scores = heads.tokens * heads.num_queries * chunk * 4
     states = heads.rows * -(-heads.length // chunk) * heads.num_queries * heads.dim**2
     kept = 2 * elements * heads.narrow + elements * 4 + scores
+    if has_state:
+        kept += heads.rows * heads.num_queries * heads.dim**2 * 4
     backward = 2 * states * 4 + scores + 5 * elements * 4 + elements * heads.narrow
     return KernelMemory(frozenset({"q"}), False, kept, states * heads.narrow, backward)

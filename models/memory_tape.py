@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Footprint:
     gradients of weights, which the first backward leaves behind (`weight_gradients`) and later
     ones (`later_backward_peak`) add to those. `split_gradients` are the gradients that a backward
     which leaves out the weights must hand to the one which adds them. `traffic` is read and written
-    in forward by operations that are no products.
+    in forward by operations that are no products. `takes` and `makes` are its input and its output.
     """
 
     kept: int
@@ -34,6 +34,8 @@ class Footprint:
     weight_gradients: int
     split_gradients: int = 0
     traffic: int = 0
+    takes: int = 0
+    makes: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -53,9 +55,11 @@ class _Operation:
     scratch: int
     backward_scratch: int
     weight_gradients: int
+    weight: object
     hands_gradient_on: bool
     is_product: bool
     region: int | None
+    has_gradient: bool = True
 
 
 @dataclass(eq=False, slots=True)
@@ -67,14 +71,19 @@ class _Gradient:
 
 
 class Tape:
-    """The operations of one module, from `source` to the result given to `footprint`."""
+    """The operations of one module, from `sources` to the results given to `footprint`."""
 
-    def __init__(self, source_bytes: int) -> None:
-        self.source = Value(source_bytes)
+    def __init__(self, *source_bytes: int) -> None:
+        self.sources = tuple(map(Value, source_bytes))
         self._operations: list[_Operation] = []
         self._kept = 0
         self._regions = 0
         self._region: int | None = None
+
+    @property
+    def source(self) -> Value:
+        """The first one."""
+        return self.sources[0]
 
     @contextmanager
     def computed_again(self, when: bool) -> Iterator[None]:
@@ -104,6 +113,7 @@ class Tape:
         scratch: int = 0,
         backward_scratch: int = 0,
         weights: int = 0,
+        of: str | None = None,
         hands_gradient_on: bool = False,
         is_product: bool = False,
     ) -> Value:
@@ -118,6 +128,7 @@ class Tape:
             scratch: what exists beside the output at some moment of the forward.
             backward_scratch: the same beside the gradients of inputs and weights.
             weights: size of the gradients of its weights.
+            of: name of the weights, where other operations have gradients for the same.
             hands_gradient_on: its backward returns the output's gradient itself.
             is_product: it multiplies matrices; its time is counted in FLOPs, not in bytes.
         """
@@ -127,47 +138,72 @@ class Tape:
             _Operation(
                 inputs, tuple(holds), output, tuple([*saved, output] if saves_output else saved),
                 sum(value for value in saves if isinstance(value, int)),
-                scratch, backward_scratch, weights, hands_gradient_on, is_product, self._region,
+                scratch, backward_scratch, weights, object() if of is None else of,
+                hands_gradient_on, is_product, self._region,
             )
         )  # fmt: skip
         return output
 
-    def footprint(self, result: Value, *, recompute: bool = False) -> Footprint:
-        """What the module holds; with `recompute` it keeps its input and runs forward twice."""
-        replay = _Replay(self._operations, self.source, result)
+    def footprint(self, *results: Value, recompute: bool = False) -> Footprint:
+        """What the module holds; with `recompute` it keeps its input and runs forward twice.
+
+        Operations that lead to none of the results count for nothing, but for what a region reads:
+        it runs again as a whole.
+        """
+        operations = self._leading_to(results)
+        replay = _Replay(operations, self.sources, results)
+        takes, makes = (sum(value.size for value in values) for values in (self.sources, results))
         forward_peak, live = replay.forward(saving=True)
-        kept = live - result.size
+        kept = live - makes
         first, later = (replay.backward(kept, is_first) for is_first in (True, False))
         if recompute:
-            again = forward_peak + result.size
+            again = forward_peak + makes
             first, later = max(first, again), max(later, again)
             forward_peak, _ = replay.forward(saving=False)
-            kept = self.source.size
-        weighted = [each for each in self._operations if each.weight_gradients]
-        weights = sum(each.weight_gradients for each in weighted)
+            kept = takes
+        weighted = [each for each in operations if each.has_gradient and each.weight_gradients]
+        weights = {each.weight: each.weight_gradients for each in weighted}
         split = sum(each.output.size for each in weighted)
         traffic = sum(
             each.output.size + sum(value.size for value in each.inputs)
-            for each in self._operations
+            for each in operations
             if not each.is_product
         )
         kept, forward_peak, first, later = (
             size + self._kept for size in (kept, forward_peak, first, later)
         )
-        return Footprint(kept, forward_peak, first, later, weights, split, traffic)
+        own = sum(weights.values())
+        return Footprint(kept, forward_peak, first, later, own, split, traffic, takes, makes)
+
+    def _leading_to(self, results: Sequence[Value]) -> list[_Operation]:
+        """In order, those without a gradient marked."""
+        needed = set(results)
+        for each in reversed(self._operations):
+            needed.update(each.inputs if each.output in needed else ())
+        regions = {each.region for each in self._operations if each.output in needed} - {None}
+        needed_forward, found = set(needed), list[_Operation]()
+        for each in reversed(self._operations):
+            if each.output in needed_forward or each.region in regions:
+                needed_forward.update(each.inputs)
+                found.append(replace(each, has_gradient=each.output in needed))
+        return found[::-1]
 
 
 class _Replay:
     """Walks the operations of a finished tape."""
 
-    def __init__(self, operations: Sequence[_Operation], source: Value, result: Value) -> None:
-        self.operations, self.source, self.result = operations, source, result
+    def __init__(
+        self, operations: Sequence[_Operation], sources: Sequence[Value], results: Sequence[Value]
+    ) -> None:
+        self.operations, self.sources, self.results = operations, sources, results
         self.region_of = {each.output: each.region for each in operations}
         self.savers = self._count_savers()
 
     def _count_savers(self) -> Counter[Value]:
         """How many operations need each value in backward; a region needs what it reads."""
-        savers = Counter(value for each in self.operations for value in each.saved)
+        savers = Counter(
+            value for each in self.operations if each.has_gradient for value in each.saved
+        )
         for values in self._arguments().values():
             savers.update(values)
         return savers
@@ -185,29 +221,32 @@ class _Replay:
         """Peak, and what is live at the end."""
         kept = {v for v in self.savers if self.region_of.get(v) is None} if saving else set()
         if not saving:
-            kept.add(self.source)
+            kept.update(self.sources)
         last_use = {
             v: i for i, each in enumerate(self.operations) for v in (*each.inputs, *each.held)
         }
-        live = peak = self.source.size
+        live = peak = sum(value.size for value in self.sources)
         for index, each in enumerate(self.operations):
             live += each.output.size
-            live += each.saved_aside if saving and each.region is None else 0
+            keeps = saving and each.region is None and each.has_gradient
+            live += each.saved_aside if keeps else 0
             peak = max(peak, live + each.scratch)
             for value in {*each.inputs, *each.held, each.output}:
-                is_done = last_use.get(value, -1) <= index and value is not self.result
+                is_done = last_use.get(value, -1) <= index and value not in self.results
                 if is_done and value not in kept:
                     live -= value.size
         return peak, live
 
     def backward(self, kept: int, is_first: bool) -> int:
-        """Peak from the gradient of the result to that of the source."""
-        live = peak = kept + self.result.size
+        """Peak from the gradients of the results to those of the sources."""
+        live = peak = kept + sum(value.size for value in self.results)
         savers, regions = self.savers.copy(), set[int]()
-        gradients = {self.result: _Gradient(self.result.size)}
-        first_of = {each.region: each for each in reversed(self.operations)}
+        gradients = {value: _Gradient(value.size) for value in self.results}
+        operations = [each for each in reversed(self.operations) if each.has_gradient]
+        weights = _WeightGradients(Counter(each.weight for each in operations), is_first)
+        first_of = {each.region: each for each in operations}
         arguments = self._arguments()
-        for each in reversed(self.operations):
+        for each in operations:
             needed = {each.region, *(self.region_of.get(value) for value in each.saved)}
             for region in sorted(r for r in needed if r is not None):
                 made, scratch = self._again(region, regions, savers)
@@ -216,7 +255,7 @@ class _Replay:
             gradient = gradients.pop(each.output)
             made = 0 if each.hands_gradient_on else sum(value.size for value in each.inputs)
             peak = max(peak, live + made + each.weight_gradients + each.backward_scratch)
-            live += made + (each.weight_gradients if is_first else 0)
+            live += made + weights.add(each.weight, each.weight_gradients)
             for value in each.inputs:
                 if each.hands_gradient_on:
                     gradient.holders += 1
@@ -266,6 +305,23 @@ class _Replay:
                 is_done = self.region_of.get(value) == region and last_use.get(value, -1) <= index
                 live -= value.size if is_done and not savers[value] else 0
         return made, peak
+
+
+class _WeightGradients:
+    """Those of one weight's uses wait for one another before they are a gradient, or join it."""
+
+    def __init__(self, uses: Counter[object], is_first: bool) -> None:
+        self.uses, self.is_first = uses, is_first
+        self.waiting: set[object] = set()
+
+    def add(self, weight: object, size: int) -> int:
+        """After a use's gradient was made: bytes that stay, or are freed."""
+        self.uses[weight] -= 1
+        waits, is_last = weight in self.waiting, not self.uses[weight]
+        self.waiting.add(weight)
+        if is_last and not self.is_first:
+            return -size if waits else 0
+        return 0 if waits else size
 
 
 def _accumulate(gradients: dict[Value, _Gradient], value: Value, new: _Gradient) -> tuple[int, int]:

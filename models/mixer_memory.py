@@ -1,14 +1,16 @@
-"""Bytes of a mixer: the operations of `models.mixer` and of both cores, written on a tape.
+"""Bytes of a mixer: the operations of `models.mixer` around its cores, written on a tape.
 
-Shape letters: T tokens of the microbatch, D hidden, N query heads, G key-value heads, H head dim.
+Shape letters: T tokens of the microbatch, S sinks, D hidden, N query heads, G key-value heads, H
+head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from models.config import ModelConfig
-from models.kernel_memory import KernelMemory, linear_memory, softmax_memory
+from models.core_memory import Heads, Seen, attend, attend_sinks, narrowed
 from models.layer_pattern import MixerKind, Mixers
 from models.memory_tape import Tape, Value
 from models.mixer_config import BranchMerge, BranchNorm, BranchProjections, GateKind
@@ -16,14 +18,13 @@ from models.operation_memory import (
     Again,
     Workload,
     column,
+    enter,
     neuron,
     norm,
     norm_and_enter,
     row,
     widened,
 )
-
-_Heads = tuple[Value, Value, Value]
 
 
 def num_output_projections(model: ModelConfig, mixers: Mixers) -> int:
@@ -44,37 +45,124 @@ def _is_shared(model: ModelConfig) -> bool:
     return model.branches.projections is BranchProjections.shared
 
 
-def mixer(tape: Tape, x: Value, mixers: Mixers, work: Workload, again: Again) -> Value:
-    """The block's first norm, then `models.mixer.Mixer`."""
+def mixer(  # noqa: PLR0913 - two streams and a mixer
+    tape: Tape, x: Value, mixers: Mixers, work: Workload, again: Again, sinks: Value | None = None
+) -> tuple[Value, Value | None]:
+    """The block's first norm, then `models.mixer.Mixer`; sinks that pass by come back as None."""
+    with_sinks = mixers_with_sinks(work.model, mixers) if sinks is not None else ()
+    normed, entered = norm_and_enter(tape, x, work, again, "mixer_norm")
+    heads = _enter_heads(tape, entered, mixers, mixers, work, again)
+    own, own_heads = work.of_sinks() if with_sinks else work, []
+    if sinks is not None and with_sinks:
+        sinks = norm(tape, sinks, own.stream_tokens, own, "mixer_norm")
+        sinks = enter(tape, neuron(tape, sinks, own.stream_tokens, own), own)
+        own_heads = _enter_heads(tape, sinks, with_sinks, mixers, own, Again())
+    mixed_sinks, seen = [], dict[MixerKind, Seen]()
+    with tape.computed_again(again.mixer):
+        for each in _normed_heads(tape, own_heads, own):
+            rope = work.model.sinks.rope
+            out, seen[each.kind] = attend_sinks(tape, *each.operands, own, rope)
+            mixed_sinks.append(out)
+        mixed = [
+            attend(tape, *each.operands, work, seen.get(each.kind, ()))
+            for each in _normed_heads(tape, heads, work)
+        ]
+    after = None
+    if mixed_sinks:
+        after = _finish(tape, mixed_sinks, with_sinks, mixers, own, Again())
+    return _finish(tape, mixed, mixers, mixers, work, again, holds=[normed]), after
+
+
+def mixers_with_sinks(model: ModelConfig, mixers: Mixers) -> Mixers:
+    """Those of a layer that sinks run through."""
+    through = model.sinks.through_linear
+    return tuple(kind for kind in mixers if through or kind is not MixerKind.linear)
+
+
+@dataclass(frozen=True, slots=True)
+class _CoreInput:
+    """Heads of one core, and its low-rank gate if it has one."""
+
+    kind: MixerKind
+    heads: Heads
+    gate: Value | None
+    name: str
+
+    @property
+    def operands(self) -> tuple[MixerKind, Heads, Value | None]:
+        """As cores take them."""
+        return self.kind, self.heads, self.gate
+
+
+def _enter_heads(  # noqa: PLR0913 - a stream and its mixer
+    tape: Tape, entered: Value, kinds: Mixers, mixers: Mixers, work: Workload, again: Again
+) -> list[_CoreInput]:
+    """Projected heads of the cores of `kinds`, where the layer has `mixers`; shared ones once."""
+    is_shared = len(mixers) == 1 or _is_shared(work.model)
+    owners = [""] if is_shared else [f"{kind.name}." for kind in kinds]
+    heads = [_project(tape, entered, work, owner) for owner in owners]
+    gates = [_low_rank_gate(tape, entered, work, again) if _has_gate(kind, work) else None
+             for kind in kinds]  # fmt: skip
+    repeated = len(kinds) // len(heads)
+    return [
+        _CoreInput(*each)
+        for each in zip(kinds, heads * repeated, gates, owners * repeated, strict=True)
+    ]
+
+
+def _normed_heads(tape: Tape, cores: Sequence[_CoreInput], work: Workload) -> list[_CoreInput]:
+    """`models.projections.HeadProjections.norm_heads`, once where heads are shared."""
+    if not work.model.qk_norm:
+        return list(cores)
+    known: dict[Heads, Heads] = {}
+    for each in cores:
+        if each.heads not in known:
+            q, k, v = each.heads
+            q_rows = work.tokens * work.heads.num_queries
+            k_rows = work.tokens * work.heads.num_keys
+            q = norm(tape, q, q_rows, work, f"{each.name}q_norm")
+            known[each.heads] = q, norm(tape, k, k_rows, work, f"{each.name}k_norm"), v
+    return [replace(each, heads=known[each.heads]) for each in cores]
+
+
+def _finish(  # noqa: PLR0913 - a stream and its mixer
+    tape: Tape,
+    mixed: Sequence[Value],
+    kinds: Mixers,
+    mixers: Mixers,
+    work: Workload,
+    again: Again,
+    *,
+    holds: Sequence[Value] = (),
+) -> Value:
+    """From head outputs of the cores of `kinds` to the residual stream."""
     is_parallel = len(mixers) > 1
     is_shared = not is_parallel or _is_shared(work.model)
     meets_before = is_parallel and _meets_before(work.model)
-    normed, x = norm_and_enter(tape, x, work, again)
-    heads = [_project(tape, x, work) for _ in range(1 if is_shared else len(mixers))]
-    gates = [_low_rank_gate(tape, x, work, again) if _has_gate(kind, work) else None
-             for kind in mixers]  # fmt: skip
-    with tape.computed_again(again.mixer):
-        heads = [_norm_heads(tape, each, work) for each in heads] * (len(mixers) // len(heads))
-        mixed = [_core(tape, kind, own, gate, work)
-                 for kind, own, gate in zip(mixers, heads, gates, strict=True)]  # fmt: skip
     is_normed = has_head_norm(work.model, mixers)
     with tape.computed_again(again.mixer or (is_normed and again.norms)):
         rows = work.tokens * work.heads.num_queries
         outs = [
-            norm(tape, out, rows, work) if meets_before or kind is MixerKind.linear else out
-            for kind, out in zip(mixers, mixed, strict=True)
+            norm(tape, out, rows, work, f"{kind.name}.head_norm")
+            if meets_before or kind is MixerKind.linear
+            else out
+            for kind, out in zip(kinds, mixed, strict=True)
         ]
         if meets_before:
             outs = _meet(tape, outs, work, adds=is_shared)
         encoded = [neuron(tape, out, work.tokens, work) for out in outs]
-    width = work.heads.num_queries * work.heads.dim
-    holds = [normed, *outs]
+    width, bias = work.heads.num_queries * work.heads.dim, work.model.output_bias
+    owners = [""] * len(encoded) if is_shared else [f"{kind.name}." for kind in kinds]
     projected = [
-        row(tape, each, width, work, bias=work.model.output_bias, holds=holds) for each in encoded
+        row(tape, each, width, work, bias=bias, holds=[*holds, *outs], of=f"{owner}o_proj")
+        for owner, each in zip(owners, encoded, strict=True)
     ]
     if is_parallel and not meets_before:
         with tape.computed_again(again.norms):
-            projected = [norm(tape, each, work.stream_tokens, work) for each in projected]
+            projected = [
+                norm(tape, each, work.stream_tokens, work, f"{kind.name}.output_norm")
+                for kind, each in zip(kinds, projected, strict=True)
+            ]
             projected = _meet(tape, projected, work, adds=True)
     return _sum(tape, projected)
 
@@ -83,36 +171,13 @@ def _has_gate(kind: MixerKind, work: Workload) -> bool:
     return kind is MixerKind.linear and work.model.linear.gate is GateKind.low_rank
 
 
-def _project(tape: Tape, x: Value, work: Workload) -> _Heads:
+def _project(tape: Tape, x: Value, work: Workload, owner: str) -> Heads:
     """`models.projections.HeadProjections.heads`."""
     heads, bias = work.heads, work.model.qkv_bias
     keys = heads.num_keys * heads.dim
-    q = column(tape, x, heads.num_queries * heads.dim, work, bias=bias)
-    return q, column(tape, x, keys, work, bias=bias), column(tape, x, keys, work, bias=bias)
-
-
-def _norm_heads(tape: Tape, heads: _Heads, work: Workload) -> _Heads:
-    if not work.model.qk_norm:
-        return heads
-    q, k, v = heads
-    q = norm(tape, q, work.tokens * work.heads.num_queries, work)
-    return q, norm(tape, k, work.tokens * work.heads.num_keys, work), v
-
-
-def _core(tape: Tape, kind: MixerKind, heads: _Heads, gate: Value | None, work: Workload) -> Value:
-    if kind is MixerKind.linear:
-        return _linear_attention(tape, heads, gate, work)
-    window = work.model.visible_window_tokens if kind is MixerKind.sliding_window else None
-    memory = softmax_memory(work.kernels[1], work.heads, window)
-    q, k, v = heads
-    operands = {"q": _rotated(tape, q, work), "k": _rotated(tape, k, work), "v": v}
-    return _kernel(tape, operands, memory, work)
-
-
-def _rotated(tape: Tape, x: Value, work: Workload) -> Value:
-    """`models.rotary.rotate`: its tables belong to the model."""
-    scratch = x.size // work.narrow * work.wide if work.is_narrow else 0
-    return tape.op(x, makes=x.size, scratch=scratch, backward_scratch=scratch)
+    q = column(tape, x, heads.num_queries * heads.dim, work, bias=bias, of=f"{owner}q_proj")
+    k = column(tape, x, keys, work, bias=bias, of=f"{owner}k_proj")
+    return q, k, column(tape, x, keys, work, bias=bias, of=f"{owner}v_proj")
 
 
 def _low_rank_gate(tape: Tape, x: Value, work: Workload, again: Again) -> Value:
@@ -122,49 +187,7 @@ def _low_rank_gate(tape: Tape, x: Value, work: Workload, again: Again) -> Value:
         x = widened(tape, x, work)
     weights = rank * work.model.hidden_size * work.wide
     makes = work.tokens * rank * work.wide
-    return tape.op(x, makes=makes, saves=[x], weights=weights, is_product=True)
-
-
-def _linear_attention(tape: Tape, heads: _Heads, gate: Value | None, work: Workload) -> Value:
-    """`models.linear_attention.GatedLinearAttention` from its projections to its kernel."""
-    q, k, v = heads
-    q = tape.op(q, makes=q.size, saves_output=True)
-    if gate is None:
-        k, decay = _key_tied_gate(tape, k, work)
-    else:
-        k = tape.op(k, makes=k.size, saves_output=True)
-        decay = _low_rank_decay(tape, gate, work)
-    memory = linear_memory(work.kernels[0], work.heads)
-    return _kernel(tape, {"q": q, "k": k, "v": v, "log_decay": decay}, memory, work)
-
-
-def _low_rank_decay(tape: Tape, gate: Value, work: Workload) -> Value:
-    keys = work.heads.num_keys * work.heads.dim
-    size = work.tokens * keys * work.wide
-    weights = (work.model.linear.gate_low_rank_dim + 1) * keys * work.wide
-    logits = tape.op(gate, makes=size, saves=[gate], weights=weights, is_product=True)
-    return tape.op(_log_sigmoid(tape, logits, work), makes=size)
-
-
-def _key_tied_gate(tape: Tape, keys: Value, work: Workload) -> tuple[Value, Value]:
-    """`models.linear_attention.key_tied_gate`."""
-    linear = work.model.linear
-    u = widened(tape, keys, work)
-    if linear.gate_offset:
-        u = tape.op(u, makes=u.size, hands_gradient_on=True)
-    decay = _log_sigmoid(tape, tape.op(u, makes=u.size), work)
-    key = tape.op(u, makes=u.size, saves_output=True)
-    if linear.gate_floor:
-        key = tape.op(key, makes=u.size)
-        shifted = tape.op(decay, makes=u.size, hands_gradient_on=True)
-        decay = tape.op(shifted, makes=u.size, saves=[shifted, work.wide])
-    return _narrowed(tape, key, work), decay
-
-
-def _log_sigmoid(tape: Tape, x: Value, work: Workload) -> Value:
-    # torch's CPU kernel of logsigmoid keeps a buffer as large as its input.
-    buffer = [x.size] if work.kernels[0] == "chunked" else []
-    return tape.op(x, makes=x.size, saves=[x, *buffer])
+    return tape.op(x, makes=makes, saves=[x], weights=weights, of="gate_down", is_product=True)
 
 
 def _meet(tape: Tape, branches: Sequence[Value], work: Workload, *, adds: bool) -> list[Value]:
@@ -181,7 +204,7 @@ def _meet(tape: Tape, branches: Sequence[Value], work: Workload, *, adds: bool) 
     else:
         return [_sum(tape, branches)] if adds else list(branches)
     met = [_sum(tape, weighed)] if adds else weighed
-    return [_narrowed(tape, x, work) for x in met] if merge is BranchMerge.learned else met
+    return [narrowed(tape, x, work) for x in met] if merge is BranchMerge.learned else met
 
 
 def _sum(tape: Tape, branches: Sequence[Value]) -> Value:
@@ -189,19 +212,3 @@ def _sum(tape: Tape, branches: Sequence[Value]) -> Value:
     for other in others:
         first = tape.op(first, other, makes=first.size, hands_gradient_on=True)
     return first
-
-
-def _narrowed(tape: Tape, x: Value, work: Workload) -> Value:
-    return tape.op(x, makes=x.size // work.wide * work.narrow) if work.is_narrow else x
-
-
-def _kernel(tape: Tape, operands: dict[str, Value], memory: KernelMemory, work: Workload) -> Value:
-    return tape.op(
-        *operands.values(),
-        makes=work.heads.query_elements * work.narrow,
-        saves=[*(operands[name] for name in memory.operands), memory.aside],
-        saves_output=memory.keeps_output,
-        scratch=memory.scratch,
-        backward_scratch=memory.backward_scratch,
-        is_product=True,
-    )

@@ -10,11 +10,12 @@ Shape letters: T tokens of the microbatch, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.config import ModelConfig, NeuronKind, SpikingConfig, ThresholdGrad
 from models.kernel_memory import Heads
 from models.memory_tape import Tape, Value
+from models.mixer_config import SinkConfig
 
 PLAIN_KERNELS = ("chunked", "blocked")
 """Those of a device that has no others: a processor."""
@@ -54,6 +55,18 @@ class Workload:
         """Bytes of the residual stream on this rank."""
         return self.stream_tokens * self.model.hidden_size * self.narrow
 
+    def of_sinks(self) -> Workload:
+        """The stream of sinks as a microbatch of its own, of which nothing is dropped or learned.
+
+        Its sinks are tokens: the model has none beside them.
+        """
+        count = self.model.sinks.num_tokens
+        unlimited = replace(
+            self.model.moe, capacity_factor=None, balance_coefficient=0.0, z_loss_coefficient=0.0
+        )
+        model = replace(self.model, sinks=SinkConfig(), moe=unlimited)
+        return replace(self, model=model, rows=1, length=count)
+
     @property
     def is_narrow(self) -> bool:
         """Whether modules widen their input to compute."""
@@ -70,7 +83,10 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Again:
-    """What one block computes again in the backward pass; see `models.recomputation`."""
+    """What one block computes again in the backward pass; see `models.recomputation`.
+
+    Without `block_norms` only what follows the norms of the block, of what `norms` names.
+    """
 
     block: bool = False
     norms: bool = False
@@ -78,15 +94,23 @@ class Again:
     mixer: bool = False
     experts: bool = False
     expert_layer: bool = False
+    block_norms: bool = True
+
+    def of_sinks(self, *, is_read: bool) -> Again:
+        """The same of the stream of sinks; nothing asks for parts of what nobody reads."""
+        if not is_read or self.expert_layer:
+            return Again(block=self.block)
+        return replace(self, mixer=False, block_norms=False)
 
 
-def norm(tape: Tape, x: Value, num_rows: int, work: Workload) -> Value:
-    """`models.norm.RMSNorm`: keeps x and one number a row."""
+def norm(tape: Tape, x: Value, num_rows: int, work: Workload, of: str) -> Value:
+    """`models.norm.RMSNorm` named `of`: keeps x and one number a row."""
     wide = x.size // work.narrow * work.wide
     return tape.op(
         x,
         makes=x.size,
         weights=wide // num_rows,
+        of=of,
         saves=[x, num_rows * work.wide],
         scratch=2 * wide if work.is_narrow else 0,
         # grad, x and the result in the wide dtype, and their product.
@@ -111,15 +135,24 @@ def neuron(tape: Tape, x: Value, num_rows: int, work: Workload) -> Value:
     )
 
 
-def column(tape: Tape, x: Value, width: int, work: Workload, *, bias: bool) -> Value:
-    """A linear from D to `width` local channels: keeps x."""
+def column(  # noqa: PLR0913 - a linear
+    tape: Tape, x: Value, width: int, work: Workload, *, bias: bool, of: str
+) -> Value:
+    """A linear named `of` from D to `width` local channels: keeps x."""
     weights = (work.model.hidden_size * width + (width if bias else 0)) * work.narrow
     makes = work.tokens * width * work.narrow
-    return tape.op(x, makes=makes, saves=[x], weights=weights, is_product=True)
+    return tape.op(x, makes=makes, saves=[x], weights=weights, of=of, is_product=True)
 
 
 def row(  # noqa: PLR0913 - a module's closing linear
-    tape: Tape, x: Value, width: int, work: Workload, *, bias: bool, holds: Sequence[Value]
+    tape: Tape,
+    x: Value,
+    width: int,
+    work: Workload,
+    *,
+    bias: bool,
+    holds: Sequence[Value],
+    of: str,
 ) -> Value:
     """A linear from `width` local channels to the residual stream: keeps x.
 
@@ -128,7 +161,7 @@ def row(  # noqa: PLR0913 - a module's closing linear
     hidden = work.model.hidden_size
     whole = work.tokens * hidden * work.narrow
     weights = (hidden * width + (hidden if bias else 0)) * work.narrow
-    out = tape.op(x, makes=whole, saves=[x], holds=holds, weights=weights, is_product=True)
+    out = tape.op(x, makes=whole, saves=[x], holds=holds, weights=weights, of=of, is_product=True)
     reduced = leave(tape, out, work)
     if work.tp == 1 or not bias:
         return reduced
@@ -152,8 +185,13 @@ def widened(tape: Tape, x: Value, work: Workload) -> Value:
     return tape.op(x, makes=x.size // work.narrow * work.wide) if work.is_narrow else x
 
 
-def norm_and_enter(tape: Tape, x: Value, work: Workload, again: Again) -> tuple[Value, Value]:
+def norm_and_enter(
+    tape: Tape, x: Value, work: Workload, again: Again, of: str
+) -> tuple[Value, Value]:
     """What a block's norm makes of x, and what the projections read."""
+    if not again.block_norms:
+        normed = norm(tape, x, work.stream_tokens, work, of)
     with tape.computed_again(again.norms):
-        normed = norm(tape, x, work.stream_tokens, work)
+        if again.block_norms:
+            normed = norm(tape, x, work.stream_tokens, work, of)
         return normed, enter(tape, neuron(tape, normed, work.stream_tokens, work), work)

@@ -127,7 +127,9 @@ class _Call:
         """What a later operation keeps: a note if it is an output or a view of one."""
         address = x.untyped_storage().data_ptr()
         if address == 0 or address not in addresses:
-            return x
+            # An operation that keeps its own output, with its graph, would keep itself: for ever
+            # where no backward pass comes by.
+            return x if x.grad_fn is None else x.detach()
         output = addresses.index(address)
         note = _Note(self, _View(output, x.shape, x.stride(), int(x.storage_offset())))
         self._views.append(weakref.ref(note))

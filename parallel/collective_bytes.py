@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from models.layer_pattern import FfnKind
+from models.operation_memory import Again
 from models.routing import SUMS
 from parallel.config import Shard
 from parallel.expert_bytes import COUNT_BYTES, Messages
 from parallel.memory_replay import StageBytes
 from parallel.pipeline_cut import StageCut
-from parallel.planned import Assignment
-from parallel.region_traffic import tensor_parallel
+from parallel.planned import Assignment, sinks_are_read
+from parallel.region_traffic import of_sinks, tensor_parallel
 from parallel.schedule_order import Action, Work
 from parallel.traffic import Kind, Traffic
 from parallel.unit_sizes import own_rows, partial_elements, vocabulary_rows
@@ -56,25 +57,31 @@ def _joined(parts: Sequence[Traffic]) -> list[Traffic]:
 
 def _expert_parallel(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
     """Rows of experts, there and home: as spikes where there are any, as if all were small."""
-    job, count = given.job, given.num_microbatches
-    layers = [
-        layer
-        for layer in range(stage.first_layer, stage.end_layer)
-        if job.model.layers.ffns[layer] is FfnKind.mixture_of_experts
-    ]
+    model = given.job.model
+    sinks = of_sinks(given) if model.uses_sinks else None
+    for layer in range(stage.first_layer, stage.end_layer):
+        if model.layers.ffns[layer] is FfnKind.mixture_of_experts:
+            again = given.job.again(layer)
+            yield _rows_of_experts(given, again, is_read=True)
+            if sinks is not None:
+                is_read = sinks_are_read(stage, layer)
+                own = again.of_sinks(is_read=is_read)
+                yield _rows_of_experts(sinks, own, is_read=is_read)
+
+
+def _rows_of_experts(given: Assignment, again: Again, *, is_read: bool) -> Traffic:
+    """Of one layer; nothing comes back for what nobody reads."""
+    job, work, count = given.job, given.work, given.num_microbatches
     messages = Messages(
-        moe=job.model.moe, hidden_size=job.model.hidden_size, rows=job.microbatch_rows,
-        length=job.length, ep=given.layout.ep, width=job.narrow,
-        scale_width=job.master if job.is_spiking else None,
+        moe=job.model.moe, hidden_size=job.model.hidden_size, rows=work.rows, length=work.length,
+        ep=given.layout.ep, width=job.narrow, scale_width=job.master if job.is_spiking else None,
     )  # fmt: skip
     each = messages.crossing()
-    named = job.recompute
-    again = named.blocks | named.experts | named.expert_layers
-    forward = count * (len(layers) + len(again.intersection(layers)))
-    backward = count * len(layers)
+    forward = count * (1 + (again.block or again.experts or again.expert_layer))
+    backward = count * is_read
     calls = forward * each.forward_calls + backward * each.backward_calls
     size = forward * each.forward_size + backward * each.backward_size
-    yield Traffic("rows of experts", Kind.all_to_all, "ep", calls, size)
+    return Traffic("rows of experts", Kind.all_to_all, "ep", calls, size)
 
 
 def _routing(given: Assignment) -> Iterator[Traffic]:
@@ -141,11 +148,13 @@ def _num_gathers(order: Sequence[Action], is_pipelined: bool) -> int:
 
 def _pipeline(given: Assignment, stage: StageCut) -> Iterator[Traffic]:
     """Activations to the next stage and gradients to the one before, for each microbatch."""
-    count = given.num_microbatches
+    count, streams = given.num_microbatches, [given.work.stream]
+    if given.job.model.uses_sinks:
+        streams.append(of_sinks(given).work.stream)
     ends = (stage.has_embedding, stage.has_head)
     for purpose, is_end in zip(("gradients of activations", "activations"), ends, strict=True):
         if not is_end and given.layout.pp > 1:
-            yield Traffic(purpose, Kind.send, "pp", count, count * given.work.stream)
+            yield Traffic(purpose, Kind.send, "pp", count * len(streams), count * sum(streams))
 
 
 def _tied(given: Assignment, cuts: Sequence[StageCut]) -> Iterator[Traffic]:

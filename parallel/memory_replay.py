@@ -23,7 +23,11 @@ NORM_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageBytes:
-    """What one stage of a rank is made of. `stream` is the residual stream of a microbatch."""
+    """What one stage of a rank is made of.
+
+    `stream` is what a microbatch brings from another stage or takes to one: the residual stream,
+    and that of sinks.
+    """
 
     index: int
     units: Sequence[Unit]
@@ -67,15 +71,15 @@ class _Stage:
         self.units.gather(self._of(None, is_float32=False), in_forward=True)
         if stage.embedding is not None:
             ledger.touch(stage.embedding.forward_peak)
-            ledger.add(stage.stream)
+            ledger.add(stage.embedding.makes)
         for layer, footprint in zip(stage.layers, stage.footprints, strict=True):
             self.units.gather(self._of(layer), in_forward=True)
-            self._run_forward(footprint, makes=stage.stream)
+            self._run_forward(footprint)
             if self.rules.shard is Shard.parameters:
                 self.units.reshard(self._of(layer, is_float32=False))
         if stage.head is not None:
             self.units.gather(self._of(None), in_forward=True)
-            self._run_forward(stage.head, makes=0)
+            self._run_forward(stage.head)
         self.units.end_forward()
 
     def backward(self, work: Work, *, is_last: bool) -> None:
@@ -95,37 +99,36 @@ class _Stage:
         """From the loss, or from the gradient that the next stage sent, to the stage's input."""
         stage, ledger = self.stage, self.ledger
         # A received gradient lies in a buffer that rests; one made here is new.
-        is_own = stage.head is not None
+        own = 0
         if stage.head is not None:
-            self._run_backward(stage.head, self._of(None), stream=0, keeps=keeps)
-            ledger.add(stage.stream)
+            self._run_backward(stage.head, self._of(None), keeps=keeps)
+            own = stage.head.takes
+            ledger.add(own)
         for layer, footprint in reversed([*zip(stage.layers, stage.footprints, strict=True)]):
             units = self._of(layer)
             self.units.gather(units, in_forward=False)
             self.units.prefetch(self._of(layer - 1))
-            self._run_backward(footprint, units, stream=stage.stream, keeps=keeps)
-            ledger.add(0 if is_own else stage.stream)
-            is_own = True
+            self._run_backward(footprint, units, keeps=keeps)
+            ledger.add(footprint.takes - own)
+            own = footprint.takes
             if not keeps:
                 self.units.after_backward(units, is_last=is_last)
         if stage.embedding is not None and not keeps:
-            ledger.touch(stage.embedding.backward_peak - stage.stream)
+            ledger.touch(stage.embedding.backward_peak - stage.embedding.makes)
             self._leave(self._of(None), stage.embedding.weight_gradients)
         is_held = stage.embedding is None and self.rules.keeps_sent
-        ledger.add(-stage.stream if is_own and not is_held else 0)
+        ledger.add(0 if is_held else -own)
 
-    def _run_forward(self, footprint: Footprint, *, makes: int) -> None:
+    def _run_forward(self, footprint: Footprint) -> None:
         """The module's input is live already."""
-        self.ledger.touch(footprint.forward_peak - self.stage.stream)
-        self.ledger.add(footprint.kept - self.stage.stream + makes)
+        self.ledger.touch(footprint.forward_peak - footprint.takes)
+        self.ledger.add(footprint.kept - footprint.takes + footprint.makes)
 
-    def _run_backward(
-        self, footprint: Footprint, units: Sequence[Unit], *, stream: int, keeps: bool
-    ) -> None:
-        """What is kept, and the output's gradient of `stream` bytes, are live already."""
+    def _run_backward(self, footprint: Footprint, units: Sequence[Unit], *, keeps: bool) -> None:
+        """What is kept, and the output's gradient, are live already."""
         adds_aside = self.units.is_fresh or any(self.units.widens(unit) for unit in units)
         peak = footprint.backward_peak if adds_aside else footprint.later_backward_peak
-        self.ledger.touch(peak - footprint.kept - stream)
+        self.ledger.touch(peak - footprint.kept - footprint.makes)
         if keeps:
             self.ledger.add(footprint.split_gradients)
         else:

@@ -203,6 +203,14 @@ class Assignment:
         return [(stage, sizes) for stage, sizes in pairs if stage.pp_rank == pp_rank]
 
 
+def sinks_are_read(stage: StageCut, layer: int) -> bool:
+    """Whether the sinks that leave a layer enter another, and so get a gradient.
+
+    FSDP2 and torch's pipelining give zeros to whatever enters a block or a stage.
+    """
+    return not (stage.has_head and layer == stage.end_layer - 1)
+
+
 def _stage_bytes(job: Job, work: Workload, shares: Shares, stage: StageCut) -> StageBytes:
     rows = vocabulary_rows(job.model, shares)
     layers = range(stage.first_layer, stage.end_layer)
@@ -211,9 +219,10 @@ def _stage_bytes(job: Job, work: Workload, shares: Shares, stage: StageCut) -> S
     for layer in layers:
         pattern = job.model.layers
         kind = pattern.mixers[layer], pattern.ffns[layer], job.again(layer)
-        if kind not in known:
-            known[kind] = block_footprint(work, *kind)
-        footprints.append(known[kind])
+        is_read = sinks_are_read(stage, layer)
+        if (kind, is_read) not in known:
+            known[kind, is_read] = block_footprint(work, *kind, sinks_are_read=is_read)
+        footprints.append(known[kind, is_read])
     head = None
     if stage.has_head:
         head = head_footprint(work, rows, chunk_tokens=job.loss_chunk_tokens)
@@ -224,5 +233,5 @@ def _stage_bytes(job: Job, work: Workload, shares: Shares, stage: StageCut) -> S
         footprints=footprints,
         embedding=embedding_footprint(work, rows) if stage.has_embedding else None,
         head=head,
-        stream=work.stream,
+        stream=work.stream + (work.of_sinks().stream if job.model.uses_sinks else 0),
     )

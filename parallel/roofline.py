@@ -131,6 +131,7 @@ def job_flops(job: Job) -> FlopsPerToken:
         job.model,
         mean_visible([job.length]),
         mean_visible([job.length], job.model.visible_window_tokens),
+        microbatch_tokens=job.microbatch_rows * job.length,
     )
 
 
@@ -253,7 +254,10 @@ class _Clock:
         reading = matrices / (work.ep * work.tp) * work.narrow
         reading /= self.device.memory_bandwidth * self.efficiency.memory
         taken = max(routed * rows / (work.tokens * model.moe.top_k), reading)
-        return _ExpertSeconds(taken, shared, taken - routed)
+        # Sinks visit experts in a call of their own, few as they are.
+        of_sinks = routed * model.sinks.num_tokens / work.tokens
+        added = max(of_sinks, reading) - of_sinks if model.uses_sinks else 0.0
+        return _ExpertSeconds(taken, shared, taken - routed + added)
 
     def _crossing(self, traffic: Sequence[Traffic]) -> float:
         """Seconds of a microbatch's borders of regions, rows of experts and sends, of one pass."""

@@ -104,21 +104,24 @@ class Throughput:
     """Turns one step's tokens, seconds and visible keys into rates.
 
     `mfu` follows `models.cost`: model FLOPs with the keys that were really visible in the packed
-    documents, recomputation and spike encoding not counted. `mfu_6n` is the usual 6 N a token, N
-    without the embedding lookup.
+    documents and with what sinks take, recomputation and spike encoding not counted. `mfu_6n` is
+    the usual 6 N a token, N without the embedding lookup.
     `peak_flops` is that of all ranks together, None where it is unknown.
     """
 
     model: ModelConfig
     peak_flops: float | None
 
-    def row(self, tokens: int, seconds: float, visible: Visible) -> dict[str, float | None]:
+    def row(
+        self, tokens: int, seconds: float, visible: Visible, *, microbatch_tokens: int
+    ) -> dict[str, float | None]:
         """`tokens_per_second`, `mfu` and `mfu_6n` of one step of all ranks."""
         rate = tokens / seconds
         needed = flops_per_token(
             self.model,
             mean_visible_full=visible.full / tokens,
             mean_visible_window=visible.window / tokens,
+            microbatch_tokens=microbatch_tokens,
         )
         return {
             "tokens_per_second": rate,

@@ -59,11 +59,6 @@ def left_out(config: RunConfig) -> list[str]:
             "activations and time are counted as if every parameter were trained: optimizer.freeze "
             "saves some"
         )
-    if config.model.uses_sinks:
-        lines.append(
-            f"not counted: what model.sinks ({config.model.sinks.num_tokens} tokens beside each "
-            "microbatch) keep, send and compute; their parameters are counted"
-        )
     has_experts = FfnKind.mixture_of_experts in config.model.layers.ffns
     if has_experts and config.model.moe.capacity_factor is None:
         lines.append(

@@ -100,6 +100,7 @@ class Stepper:
                 error, step=state.step + 1, stage=stage.name, sample_ids=work.sample_ids
             ) from error
         tokens = stage.config.global_batch_tokens
+        microbatch_tokens = self.microbatch_rows * work.rows.tokens.shape[1]
         after = state.advance(sample_ids=work.sample_ids, tokens=tokens)
         statistics = self._spike_statistics(recorder)
         seconds = self.clock() - work.started
@@ -109,7 +110,9 @@ class Stepper:
             "loss": losses.pop("loss"),
             "grad_norm": grad_norm,
             "lr": lr,
-            **self.throughput.row(tokens, seconds, work.agreement.visible),
+            **self.throughput.row(
+                tokens, seconds, work.agreement.visible, microbatch_tokens=microbatch_tokens
+            ),
             "memory_bytes": self.memory_bytes(),
             "sample_hash": after.sample_hash,
             **losses,

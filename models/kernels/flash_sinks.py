@@ -18,7 +18,7 @@ from models.kernels.sinks import SinkKeys, merge
 
 # Queries that read one copy of the sinks: the library's backward runs once over all queries of a
 # sequence for each block of its keys, so one copy for all would leave most of a GPU idle.
-_QUERIES_A_COPY = 1024
+QUERIES_A_COPY = 1024
 
 # What the functions below the library's autograd want to be told, and we never use.
 _UNUSED = {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None}
@@ -93,12 +93,12 @@ class _TokensAndSinks(torch.autograd.Function):
 def _copies(q: Tensor, k: Tensor, scale: float) -> dict[str, Any]:
     """Arguments that cut the queries into pieces, each with a copy of all sinks and no mask."""
     queries, sinks = len(q), len(k)
-    pieces = -(-queries // _QUERIES_A_COPY)
+    pieces = -(-queries // QUERIES_A_COPY)
     bounds = torch.arange(pieces + 1, dtype=torch.int32, device=q.device)
     return {
-        "cu_seqlens_q": (bounds * _QUERIES_A_COPY).clamp(max=queries),
+        "cu_seqlens_q": (bounds * QUERIES_A_COPY).clamp(max=queries),
         "cu_seqlens_k": bounds * sinks,
-        "max_seqlen_q": min(queries, _QUERIES_A_COPY),
+        "max_seqlen_q": min(queries, QUERIES_A_COPY),
         "max_seqlen_k": sinks,
         "softmax_scale": scale,
         "causal": False,

@@ -25,6 +25,8 @@ from models.mixer_config import (
     FeatureMap,
     GateKind,
     LinearAttentionConfig,
+    SinkConfig,
+    SinkRope,
 )
 from models.model import Model
 from models.operation_memory import Again, Workload
@@ -72,6 +74,27 @@ EXPERTS: dict[str, ExpertConfig] = {
     "no losses": replace(MOE, balance_coefficient=0.0),
 }
 MODELS |= {f"_ {name}": {"ffns": "e", "moe": moe} for name, moe in EXPERTS.items()}
+SINKS = SinkConfig(num_tokens=36)
+PAST = SinkConfig(num_tokens=5, through_linear=False)
+ROPES = {each.name: replace(SINKS, rope=each) for each in SinkRope}
+WITH_SINKS = {
+    **{f"{name} {rope}": {"sinks": sinks} for name in "FS" for rope, sinks in ROPES.items()},
+    "L sinks": {"sinks": SINKS},
+    **{f"{mixer} past": {"sinks": PAST, "mixers": f"{mixer} F", "ffns": "d*2"} for mixer in "L_"},
+    "L sinks key-tied": {"sinks": SINKS, "linear": FLOOR},
+    "F sinks no groups": {"sinks": SINKS, "num_key_value_heads": 4, "qk_norm": True},
+    "S sinks no groups": {"sinks": ROPES["none"], "num_key_value_heads": 4},
+    "L+S sinks": {"sinks": SINKS}, "L+S past": {"sinks": PAST},
+    **{f"{mixers} {'-'.join(each.name for each in (projections, norm, merge))}": {
+        "sinks": sinks,
+        "qk_norm": True,
+        "branches": BranchConfig(projections=projections, norm=norm, merge=merge),
+    } for mixers, sinks in (("F+L", SINKS), ("L+F", PAST))
+    for projections, norm, merge in itertools.product(BranchProjections, BranchNorm, BranchMerge)
+    if mixers == "F+L" or merge is BranchMerge.learned},
+    **{f"F sinks, {name}": {"sinks": SINKS, "ffns": "e", "moe": EXPERTS[name]}
+       for name in ("top 1", "capacity", "sigmoid")},
+}  # fmt: skip
 AGAIN = {
     "norms": Again(norms=True),
     "activations": Again(activations=True),
@@ -105,7 +128,8 @@ class Real:
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "qkv_bias": True,
             "window_tokens": 16, "mixers": name.partition(" ")[0], "ffns": "d",
         }  # fmt: skip
-        self.config = ModelConfig(**(values | MODELS.get(name, {}) | sizes))
+        known = WITH_SINKS | MODELS
+        self.config = ModelConfig(**(values | known.get(name, {}) | sizes))
         self.again, self.spiking, self.dtype = again, spiking, dtype
         recompute = Recomputation(
             norms=LAYER if again.norms else frozenset(),
@@ -136,33 +160,48 @@ class Real:
         for branch in () if mixer is None else mixer.branches:
             if isinstance(branch.core, SoftmaxAttention):
                 (rotation,) = branch.core.operands(torch.empty(0, dtype=self.dtype), sequence)
-                return [rotation.cos, rotation.sin]
+                sinks = torch.empty(1, self.config.sinks.num_tokens, dtype=self.dtype)
+                (of_sinks,) = branch.core.sink_operands(sinks)
+                found = [rotation] if of_sinks is None else [rotation, of_sinks]
+                return [table for each in found for table in (each.cos, each.sin)]
         return []
 
-    def run(self, x: Tensor, sequence: SequenceContext) -> Tensor:
+    def streams(self, rows: int, length: int) -> list[Tensor]:
+        """What a block takes."""
+        width, count = self.config.hidden_size, self.config.sinks.num_tokens
+        shapes = [(rows, length, width)] + ([(1, count, width)] if count else [])
+        return [torch.randn(shape, dtype=self.dtype, requires_grad=True) for shape in shapes]
+
+    def run(self, streams: list[Tensor], sequence: SequenceContext) -> tuple[Tensor, ...]:
+        x, *sinks = streams
         is_on = self.spiking.neuron is NeuronKind.adaptive
         routing = Routing(num_rows=x.shape[0], num_tokens=x.shape[0] * x.shape[1])
-        return self.model.blocks[0](x, sequence, Spikes(3.0) if is_on else None, routing)
+        spikes = Spikes(3.0) if is_on else None
+        out = self.model.blocks[0](x, sequence, spikes, routing, *sinks)
+        return out if isinstance(out, tuple) else (out,)
 
-    def footprint(self, rows: int, length: int) -> Footprint:
-        (mixers,), (ffn,) = self.config.layers.mixers, self.config.layers.ffns
-        return block_footprint(self.workload(rows, length), mixers, ffn, self.again)
+    def footprint(self, rows: int, length: int, *, sinks_are_read: bool = True) -> Footprint:
+        mixers, ffn = self.config.layers.mixers[0], self.config.layers.ffns[0]
+        work = self.workload(rows, length)
+        return block_footprint(work, mixers, ffn, self.again, sinks_are_read=sinks_are_read)
 
 
-def assert_kept(real: Real, rows: int, length: int) -> None:
+def assert_kept(real: Real, rows: int, length: int, *, sinks_are_read: bool = True) -> None:
     sequence = SequenceContext.one_document_per_row(rows, length)
-    x = torch.randn(rows, length, real.config.hidden_size, dtype=real.dtype, requires_grad=True)
-    besides = (x, *real.model.parameters(), *real.tables(sequence), sequence.positions)
-    out: list[Tensor] = []
+    streams = real.streams(rows, length)
+    besides = (*streams, *real.model.parameters(), *real.tables(sequence), sequence.positions)
+    outs: list[Tensor] = []
 
-    def forward() -> Tensor:
-        out.append(real.run(x, sequence))
-        return out[0]
+    def forward() -> list[Tensor]:
+        outs.extend(real.run(streams, sequence)[: 2 if sinks_are_read else 1])
+        return outs
 
     kept = kept_bytes(forward, besides=besides)
-    planned = real.footprint(rows, length)
+    planned = real.footprint(rows, length, sinks_are_read=sinks_are_read)
     # Planned is the input, which is not counted here; counted is the output, which is not planned.
-    assert planned.kept - x.nbytes == kept - out[0].nbytes
+    (taken, made) = (sum(x.nbytes for x in each) for each in (streams, outs))
+    assert planned.kept - taken == kept - made
+    assert (planned.takes, planned.makes) == (taken, made)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -172,6 +211,39 @@ def test_a_block_keeps_what_is_planned(name: str, spiking: str, dtype: torch.dty
     real = Real(name, SPIKING[spiking], dtype)
     for rows, length in SHAPES:
         assert_kept(real, rows, length)
+
+
+@pytest.mark.parametrize("name", WITH_SINKS)
+@pytest.mark.parametrize(
+    ("spiking", "dtype"),
+    [("off", torch.bfloat16), ("detached", torch.float64), ("through", torch.float32)],
+)
+def test_a_block_with_sinks_keeps_what_is_planned(
+    name: str, spiking: str, dtype: torch.dtype
+) -> None:
+    real = Real(name, SPIKING[spiking], dtype)
+    for rows, length in SHAPES:
+        for are_read in (True, False):
+            assert_kept(real, rows, length, sinks_are_read=are_read)
+
+
+SINKS_AGAIN = [
+    *((name, again) for name in (
+        "F before", "S none", "L sinks", "L past", "L+S sinks", "L+S past",
+        "F+L shared-after_output-learned", "F+L separate-before_output-learned",
+    ) for again in AGAIN),
+    *(("F sinks, capacity", again) for again in EXPERTS_AGAIN),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "again"), SINKS_AGAIN)
+@pytest.mark.parametrize("spiking", ["off", "detached"])
+def test_a_block_with_sinks_that_computes_parts_again_keeps_what_is_planned(
+    name: str, again: str, spiking: str
+) -> None:
+    real = Real(name, SPIKING[spiking], torch.bfloat16, EXPERTS_AGAIN[again])
+    for are_read in (True, False):
+        assert_kept(real, 2, 200, sinks_are_read=are_read)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +284,17 @@ def test_the_peak_of_experts_is_close(name: str, again: str | None) -> None:
     assert_peak(f"_ {name}", SPIKING["detached"], again)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["F before", "F none", "S before", "S none", "L sinks", "L+S sinks", "L+S past",
+     "F+L shared-after_output-learned", "F+L separate-before_output-mean",
+     "F sinks, capacity"],
+)  # fmt: skip
+@pytest.mark.parametrize("again", [None, "norms", "all parts"])
+def test_the_peak_with_sinks_is_close(name: str, again: str | None) -> None:
+    assert_peak(name, SPIKING["detached"], again)
+
+
 def assert_peak(name: str, spiking: SpikingConfig, again: str | None) -> None:
     real = Real(
         name, spiking, torch.float32, EXPERTS_AGAIN.get(again or ""), hidden_size=96,
@@ -222,18 +305,20 @@ def assert_peak(name: str, spiking: SpikingConfig, again: str | None) -> None:
     real.tables(sequence)
     scalar = torch.ones((), requires_grad=True)
 
+    shapes = [x.shape for x in real.streams(rows, length)]
+
     def step() -> None:
-        x = torch.zeros(rows, length, real.config.hidden_size).add_(scalar)
-        gradient = [torch.ones_like(x)]
-        edge = [torch.autograd.graph.get_gradient_edge(real.run(x, sequence))]
-        del x
-        torch.autograd.backward(edge, gradient)
+        streams = [torch.zeros(shape).add_(scalar) for shape in shapes]
+        gradients = [torch.ones_like(x) for x in streams]
+        outs = real.run(streams, sequence)
+        edges = [torch.autograd.graph.get_gradient_edge(x) for x in outs]
+        del streams, outs
+        torch.autograd.backward(edges, gradients)
         real.model.zero_grad()
 
     planned = real.footprint(rows, length)
     # The gradient is there from the start of the step here.
-    stream = rows * length * real.config.hidden_size * 4
-    peak = max(planned.backward_peak, planned.forward_peak + stream)
+    peak = max(planned.backward_peak, planned.forward_peak + planned.makes)
     assert peak == pytest.approx(peak_bytes(step), rel=0.04)
 
 

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import cost
 from models.config import ModelConfig
 from models.expert_config import Balance, ExpertConfig
+from models.layer_pattern import LayerPattern
 from models.mixer_config import (
     BranchConfig,
     BranchNorm,
@@ -19,7 +22,9 @@ from models.mixer_config import (
     SinkConfig,
 )
 from models.model import Model
-from tests.models.tiny import tiny_config, tiny_model
+from models.routing import Routing
+from models.sequence import SequenceContext
+from tests.models.tiny import random_tokens, tiny_config, tiny_model
 
 SPIKINGBRAIN_7B = ModelConfig(
     vocab_size=152_064,
@@ -178,3 +183,83 @@ def test_visible_keys_equal_a_count(lengths: list[int], window: int | None) -> N
 
 def test_no_tokens_see_no_keys() -> None:
     assert cost.mean_visible([]) == 0.0
+
+
+SINKS = SinkConfig(num_tokens=6)
+PAST = SinkConfig(num_tokens=6, through_linear=False)
+SINK_MODELS: dict[str, dict[str, Any]] = {
+    "every mixer": {"mixers": "L S F _ F"},
+    "past linear": {"mixers": "L L+S F L", "sinks": PAST},
+    "shared branches": {"mixers": "L+S S+F L+F _"},
+    "branches after": {
+        "mixers": "L+S S+F L+F", "branches": BranchConfig(norm=BranchNorm.after_output),
+    },
+    "branches apart, past linear": {
+        "mixers": "L+S F+L S F",
+        "branches": BranchConfig(projections=BranchProjections.separate),
+        "sinks": PAST,
+    },
+    "experts": {
+        "mixers": "L+S S F L",
+        "ffns": "d e e e",
+        "moe": ExpertConfig(num_experts=4, num_shared_experts=1, top_k=2),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SINK_MODELS)
+def test_flops_that_sinks_add_are_those_of_a_real_step(name: str) -> None:
+    rows, length = 2, 16
+    changes = {"sinks": SINKS} | SINK_MODELS[name]
+    layers = len(LayerPattern.parse_mixers(changes["mixers"]))
+    config = tiny_config(**({"ffns": f"d*{layers}"} | changes))
+    plain = replace(config, sinks=SinkConfig())
+    visible = cost.mean_visible([length]), cost.mean_visible([length], 5)
+    own, tokens_alone, without = (
+        cost.flops_by_part(each, *visible, microbatch_tokens=microbatch_tokens)
+        for each, microbatch_tokens in ((config, rows * length), (config, None), (plain, None))
+    )
+    counted = [counted_flops(each, rows, length) for each in (config, plain)]
+    products, forward = (with_sinks - less for with_sinks, less in zip(*counted, strict=True))
+    added = sum(own.products) - sum(without.products)
+    assert added * rows * length == pytest.approx(products, rel=1e-12)
+    assert tokens_alone.products == without.products
+    # Attention of the last layer's sinks themselves runs forward only.
+    seen = [layer for layer, each in enumerate(config.sink_mixers) if each]
+    by_sinks = [
+        (own.softmax[layer] - tokens_alone.softmax[layer]) / (3 if layer < seen[-1] else 1)
+        for layer in seen
+    ]
+    by_tokens = (sum(tokens_alone.softmax) - sum(without.softmax)) / 3
+    assert (by_tokens + sum(by_sinks)) * rows * length == pytest.approx(forward, rel=1e-12)
+
+
+def counted_flops(config: ModelConfig, rows: int, length: int) -> tuple[int, int]:
+    """Of all products of matrices in a training step, and of softmax attention in its forward."""
+    model, tokens = tiny_model(config), random_tokens(rows, length)
+    sequence = SequenceContext.one_document_per_row(rows, length)
+    routing = Routing(num_rows=rows, num_tokens=rows * length)
+    softmax = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={softmax: attention_flops})
+    with counter:
+        loss = model(tokens, sequence, labels=tokens.roll(-1, 1), routing=routing)
+        loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(counts.get(each, 0) for each in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    return products, counts.get(softmax, 0)
+
+
+def attention_flops(q: torch.Size, k: torch.Size, *others: Any, **more: Any) -> int:
+    """Scores and values of queries `[B, N, Tq, H]` and keys `[B, G, Tk, H]`."""
+    return 4 * math.prod(q) * k[2]
+
+
+def test_sinks_of_the_76b_take_under_two_percent_of_its_flops() -> None:
+    config = replace(SPIKINGBRAIN_7B, **SPIKINGBRAIN_76B)
+    visible = cost.mean_visible([8192]), cost.mean_visible([8192], 4096)
+    flops, without = (
+        cost.flops_per_token(each, *visible, microbatch_tokens=8192)
+        for each in (config, replace(config, sinks=SinkConfig()))
+    )
+    # 128 beside 8192 tokens, and 128 more keys a query.
+    assert flops / without == pytest.approx(1.017, abs=0.002)

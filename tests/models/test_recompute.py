@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from models.recompute import recomputed
 from models.spiking.neurons import Spikes
@@ -233,6 +234,17 @@ def test_a_plain_call_lets_go_of_its_arguments() -> None:
     with recomputed(torch.neg, arguments.pop(), when=False) as y:
         assert reference() is None
         assert y.tolist() == [-1.0, -1.0]
+
+
+def test_what_keeps_its_own_output_inside_goes_with_it() -> None:
+    x, _ = operands()
+    with recomputed(Calls(), x):
+        other = draw(ROWS, seed=3).exp()
+    storage = StorageWeakRef(other.untyped_storage())
+    assert not storage.expired()
+    # No backward pass comes by to let go of what is kept.
+    del other
+    assert storage.expired()
 
 
 def test_a_function_that_does_something_else_the_second_time_fails() -> None:

@@ -11,7 +11,13 @@ import pytest
 
 from models.config import NeuronKind, SpikingConfig, ThresholdGrad
 from models.expert_config import Balance, ExpertConfig
-from models.mixer_config import BranchConfig, BranchMerge, BranchNorm, BranchProjections
+from models.mixer_config import (
+    BranchConfig,
+    BranchMerge,
+    BranchNorm,
+    BranchProjections,
+    SinkConfig,
+)
 from models.recomputation import NOTHING, Recomputation
 from parallel.collective_bytes import step_traffic
 from parallel.collective_count import CollectiveCount
@@ -55,6 +61,44 @@ CUT_EXPERTS = [
     )
 ]
 
+SINKS = SinkConfig(num_tokens=6)
+PAST = SinkConfig(num_tokens=6, through_linear=False)
+WITH = {"mixers": MIXERS, "sinks": SINKS, "ffns": "d e d e", "moe": SHARED}
+DENSE = {"mixers": "L+S L F S", "sinks": PAST}
+# No mixer reads the sinks that leave the second layer.
+IDLE = {"mixers": "S L+F L _", "sinks": PAST, "ffns": "d e d e", "moe": FEW}
+# Every expert gets every token and every sink.
+EVEN = WITH | {"moe": replace(SHARED, num_experts=2, top_k=2)}
+SINK_MODELS = (
+    WITH, DENSE, IDLE, WITH | {"branches": BranchConfig(norm=BranchNorm.after_output)},
+    IDLE | {"branches": BranchConfig(projections=BranchProjections.separate)},
+)  # fmt: skip
+OF_EXPERTS = Recomputation(experts=frozenset({1}), expert_layers=frozenset({3}), norms=TWO)
+WITH_SINKS = [
+    *(
+        (job_of(model=model, recompute=recompute, spiking=TRAINED_THRESHOLDS),
+         ParallelConfig(tp=2, sequence_parallel=is_cut))
+        for model in SINK_MODELS
+        for recompute, is_cut in (
+            (NOTHING, True), (PARTS, True), (PARTS, False), (Recomputation(blocks=ALL), True),
+        )
+    ),
+    *(
+        (job_of(model=model, recompute=OF_EXPERTS, spiking=SPIKING),
+         ParallelConfig(tp=2, sequence_parallel=True))
+        for model in (WITH, IDLE)
+    ),
+    (job_of(model=DENSE), ParallelConfig(shard=Shard.parameters)),
+    (job_of(model=WITH), ParallelConfig(pp=2)),
+    (job_of(model=IDLE), ParallelConfig(pp=2, schedule=PipelineSchedule.interleaved)),
+    (job_of(model=IDLE), ParallelConfig(pp=2, schedule=PipelineSchedule.zero_bubble)),
+    *(
+        (job_of(model=model, recompute=recompute, spiking=SPIKING), ParallelConfig(ep=2))
+        for model in (WITH, IDLE)
+        for recompute in (NOTHING, OF_EXPERTS, Recomputation(blocks=ALL))
+    ),
+]  # fmt: skip
+
 CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
     2: [
         (job_of(), ParallelConfig(shard=Shard.none)),
@@ -89,6 +133,7 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
             ParallelConfig(pp=2),
         ),
         *CUT_EXPERTS,
+        *WITH_SINKS[::5],
         (job_of(model=EXPERTS), ParallelConfig(ep=2)),
         (
             job_of(model=FULL, precision=Precision.bf16, recompute=WHOLE_BLOCKS),
@@ -114,6 +159,14 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
              ParallelConfig(ep=2, tp=2, sequence_parallel=True))
             for recompute in (NOTHING, Recomputation(expert_layers=frozenset({1})))
         ),
+        *(
+            (job_of(model=model, spiking=SPIKING, recompute=OF_EXPERTS), parallel)
+            for model, parallel in (
+                (EVEN, ParallelConfig(ep=2, tp=2, sequence_parallel=True)),
+                (WITH, ParallelConfig(pp=2, tp=2, sequence_parallel=True)),
+                (IDLE, ParallelConfig(pp=2, tp=2)),
+            )
+        ),
         (job_of(), ParallelConfig(dp_replicate=2, dp_shard=2)),
         (job_of(), ParallelConfig(tp=2, shard=Shard.parameters)),
         (job_of(), ParallelConfig(pp=2, shard=Shard.parameters)),
@@ -134,9 +187,11 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
 }  # fmt: skip
 
 
-def counted(rank: int, world_size: int) -> list[tuple[Counter[str], Counter[str], list[Traffic]]]:
+def counted(
+    rank: int, world_size: int, name: str
+) -> list[tuple[Counter[str], Counter[str], list[Traffic]]]:
     found = []
-    for job, parallel in CASES[world_size]:
+    for job, parallel in GROUPS[name][1]:
         run = RealRun.start(job, parallel)
         run.step(0)
         with CollectiveCount() as count:
@@ -146,11 +201,16 @@ def counted(rank: int, world_size: int) -> list[tuple[Counter[str], Counter[str]
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_calls_and_bytes_are_those_of_a_real_step(world_size: int, tmp_path: Path) -> None:
-    results = run_ranks(counted, world_size, tmp_path=tmp_path)
+GROUPS = {"2": (2, CASES[2]), "4": (4, CASES[4]), "sinks": (2, WITH_SINKS)}
+NAMES = ["2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("4", "sinks"))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_and_bytes_are_those_of_a_real_step(name: str, tmp_path: Path) -> None:
+    world_size, cases = GROUPS[name]
+    results = run_ranks(counted, world_size, name, tmp_path=tmp_path)
     routed = Kind.all_to_all.value
-    for index, (_, parallel) in enumerate(CASES[world_size]):
+    for index, (_, parallel) in enumerate(cases):
         totals = Counter[str]()
         for rank, result in enumerate(results):
             calls, size, planned = result[index]

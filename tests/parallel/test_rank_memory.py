@@ -17,6 +17,8 @@ from models.mixer_config import (
     FeatureMap,
     GateKind,
     LinearAttentionConfig,
+    SinkConfig,
+    SinkRope,
 )
 from models.recomputation import Recomputation
 from parallel.boxes import local_of
@@ -61,6 +63,10 @@ DROPLESS, CAPACITY, EVEN = ({"ffns": "d e e e", "moe": moe} for moe in (MOE, TIG
 # Experts that take more than what they make.
 LARGE = {"ffns": "d e e e", "moe": replace(TIGHT, intermediate_size=400)}
 E = frozenset({1, 2, 3})
+SINKS = SinkConfig(num_tokens=16)
+WITH_SINKS = {"sinks": SINKS, "mixers": "L S F L"}
+PAST = BRANCHES | {"sinks": replace(SINKS, through_linear=False, rope=SinkRope.none)}
+AFTER = APART | {"sinks": SINKS, "ffns": "d e e e", "moe": TIGHT}
 # What a microbatch leaves behind adds up.
 MANY = job_of(rows=16, microbatch_rows=1)
 CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
@@ -89,6 +95,16 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
             )
         ),
         (job_of(model=CAPACITY, spiking=SPIKING), ParallelConfig()),
+        *(
+            (job_of(model=model, spiking=spiking, recompute=recompute, precision=precision),
+             ParallelConfig())
+            for model, spiking, recompute, precision in (
+                (WITH_SINKS, SPIKING, Recomputation(), Precision.fp32),
+                (PAST, SPIKING, Recomputation(norms=ALL, activations=ALL), Precision.fp32),
+                (AFTER, SPIKING, Recomputation(mixers=ALL, experts=E), Precision.fp32),
+                (WITH_SINKS, SPIKING, Recomputation(blocks=ALL), Precision.bf16),
+            )
+        ),
         (job_of(model=CAPACITY, precision=Precision.bf16), ParallelConfig()),
         # As in a real model, the product for the head's gradient outweighs a chunk of logits.
         (
@@ -113,6 +129,10 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
         (job_of(model=CAPACITY, recompute=Recomputation(experts=E)), ParallelConfig(ep=2)),
         (job_of(model=CAPACITY, recompute=Recomputation(blocks=ALL)), ParallelConfig(ep=2)),
         (job_of(model=CAPACITY), ParallelConfig(pp=2)),
+        (job_of(model=WITH_SINKS), ParallelConfig(pp=2)),
+        (job_of(model=PAST), ParallelConfig(pp=2, schedule=PipelineSchedule.zero_bubble)),
+        (job_of(model=WITH_SINKS), ParallelConfig(tp=2, sequence_parallel=True)),
+        (job_of(model=PAST), ParallelConfig(shard=Shard.parameters)),
         (MANY, ParallelConfig(pp=2)),
         (job_of(), ParallelConfig(pp=2, schedule=PipelineSchedule.gpipe)),
         (MANY, ParallelConfig(pp=2, schedule=PipelineSchedule.interleaved)),

@@ -10,6 +10,7 @@ import torch
 
 from models.cost import flops_per_token, mean_visible
 from models.expert_config import ExpertConfig
+from models.mixer_config import SinkConfig
 from models.recomputation import NOTHING, Recomputation
 from parallel.backend.cuda import table_flops
 from parallel.backend.devices import Device, DeviceName, device_facts
@@ -130,8 +131,11 @@ def test_a_ring_is_as_fast_as_its_slowest_link() -> None:
 EXPERTS = ExpertConfig(num_experts=4, num_shared_experts=1, top_k=2, intermediate_size=64)
 
 
-def time_of_experts(device: Device = FAST, again: Recomputation = NOTHING, **moe: Any) -> StepTime:
-    model = {"ffns": "d e d e", "moe": replace(EXPERTS, **moe)}
+def time_of_experts(
+    device: Device = FAST, again: Recomputation = NOTHING, num_sinks: int = 0, **moe: Any
+) -> StepTime:
+    sinks = SinkConfig(num_tokens=num_sinks)
+    model = {"ffns": "d e d e", "moe": replace(EXPERTS, **moe), "sinks": sinks}
     return time_of(job_of(model=model, recompute=again), layout_of(), device)
 
 
@@ -165,6 +169,16 @@ def test_experts_are_read_however_few_rows_visit_them() -> None:
     microbatches, layers, passes = 4, 2, 3
     read = 4 * 3 * 64 * 4096 * 4 / 1e9
     assert found[1] - found[0] == pytest.approx(microbatches * layers * passes * read, rel=0.01)
+
+
+def test_experts_are_read_once_more_for_sinks() -> None:
+    device = replace(FAST, peak_flops=lambda _: 1e30, memory_bandwidth=1e9)
+    sizes = {"intermediate_size": 4096, "num_shared_experts": 0}
+    found = [
+        time_of_experts(device, num_sinks=count, num_experts=8, **sizes).compute for count in (0, 2)
+    ]
+    read = 8 * 3 * 64 * 4096 * 4 / 1e9
+    assert found[1] - found[0] == pytest.approx(4 * 2 * 3 * read, rel=0.01)
 
 
 def test_rows_of_experts_stay_within_their_part_of_dp() -> None:

@@ -105,13 +105,14 @@ def test_experts_are_said_to_be_shared_out() -> None:
     assert "evenly" not in lines_of(config, 1)[-1]
 
 
-def test_sinks_are_counted_as_parameters_and_said_to_be_left_out() -> None:
+def test_sinks_are_counted() -> None:
     config = config_with(model={**FOUR_LAYERS, "sinks": {"num_tokens": 4}})
-    reason = "  not counted: what model.sinks (4 tokens beside each microbatch) keep, send and"
-    assert lines_of(config, 1)[-1].startswith(reason)
-    assert not any("sinks" in line for line in lines_of(config_with(), 1))
-    (memory,) = planned_memory(config, num_ranks=1, kernels=KERNELS)
+    assert not any("counted" in line for line in lines_of(config, 1))
+    memory, without = (
+        planned_memory(each, num_ranks=1, kernels=KERNELS)[0] for each in (config, config_with())
+    )
     assert memory.parameters == parameter_count(config.model)
+    assert memory.activations > without.activations
 
 
 def test_columns_are_aligned() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from models.config import ModelConfig
+from models.cost import flops_per_token
+from models.mixer_config import SinkConfig
 from training.metrics import RowFile, Throughput, Visible, read_rows, truncate_after
 
 
@@ -95,13 +98,24 @@ def test_mfu_is_the_formula_of_the_spec_by_hand() -> None:
     attention = 4 * 10 * 16 + 4 * 6 * 16
     linear = 2 * 4 * 4 * (4 + 2) + 2 * 64 * 16
     needed = 3 * (2 * matrices + attention + linear)
-    row = Throughput(MODEL, peak_flops=1e6).row(100, 2.0, Visible(full=1000.0, window=600.0))
+    visible = Visible(full=1000.0, window=600.0)
+    row = Throughput(MODEL, peak_flops=1e6).row(100, 2.0, visible, microbatch_tokens=50)
     assert row["tokens_per_second"] == 50.0
     assert row["mfu"] == pytest.approx(50 * needed / 1e6)
     assert row["mfu_6n"] == pytest.approx(50 * 6 * matrices / 1e6)
 
 
 def test_mfu_is_null_where_the_peak_is_unknown() -> None:
-    row = Throughput(MODEL, peak_flops=None).row(100, 2.0, Visible(full=1.0, window=1.0))
+    visible = Visible(full=1.0, window=1.0)
+    row = Throughput(MODEL, peak_flops=None).row(100, 2.0, visible, microbatch_tokens=50)
     assert row["mfu"] is None
     assert row["mfu_6n"] is None
+
+
+def test_mfu_counts_what_sinks_take_once_a_microbatch() -> None:
+    model, visible = replace(MODEL, sinks=SinkConfig(num_tokens=4)), Visible(1000.0, 600.0)
+    throughput = Throughput(model, peak_flops=1e6)
+    for microbatch_tokens in (25, 50):
+        row = throughput.row(100, 2.0, visible, microbatch_tokens=microbatch_tokens)
+        needed = flops_per_token(model, 10.0, 6.0, microbatch_tokens=microbatch_tokens)
+        assert row["mfu"] == pytest.approx(50 * needed / 1e6)
