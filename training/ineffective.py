@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 from models.config import ModelConfig
@@ -11,7 +12,10 @@ from models.expert_config import Balance
 from models.layer_pattern import FfnKind, MixerKind
 from models.mixer_config import GateKind, SinkInit
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
-from training.config import DistillConfig, OptimizerConfig, OptimizerName, RunConfig
+from training.config import DistillConfig, InitConfig, OptimizerConfig, OptimizerName, RunConfig
+
+SINKS = "sinks.weight"
+"""The parameter of sink tokens."""
 
 
 def ineffective_options(config: RunConfig) -> list[str]:
@@ -21,7 +25,7 @@ def ineffective_options(config: RunConfig) -> list[str]:
         *_of_teacher(config.distill, has_teacher=config.training.teacher is not None),
         *_of_optimizer(config.optimizer),
         *_of_mixers(config.model),
-        *_of_sinks(config.model, is_loaded=config.init.checkpoint is not None),
+        *_of_sinks(config.model, config.init),
         *_of_experts(config.model, config.parallel),
     ]
 
@@ -67,7 +71,7 @@ def _of_mixers(model: ModelConfig) -> list[str]:
     return lines
 
 
-def _of_sinks(model: ModelConfig, *, is_loaded: bool) -> list[str]:
+def _of_sinks(model: ModelConfig, init: InitConfig) -> list[str]:
     lines, sinks, where = [], model.sinks, f"for model.mixers {model.mixers}"
     if not model.uses_sinks:
         return _changed("model.sinks", sinks, _names(sinks), "for model.sinks.num_tokens 0")
@@ -75,10 +79,11 @@ def _of_sinks(model: ModelConfig, *, is_loaded: bool) -> list[str]:
         lines += _changed("model.sinks", sinks, ("rope",), where)
     if not _has(model, MixerKind.linear):
         lines += _changed("model.sinks", sinks, ("through_linear",), where)
-    if sinks.init is SinkInit.bos and not is_loaded:
+    are_new = init.checkpoint is None or any(fnmatchcase(SINKS, each) for each in init.new)
+    if sinks.init is SinkInit.bos and are_new:
         lines.append(
-            "model.sinks.init (bos) has no effect without init.checkpoint: it is launch.convert "
-            "that copies the embedding, and sinks that are not loaded are drawn."
+            "model.sinks.init (bos) has no effect on sinks that are not loaded, which are drawn: "
+            "launch.convert copies the embedding."
         )
     return lines
 

@@ -22,6 +22,10 @@ def config_with(**changes: Any) -> RunConfig:
 
 TAUGHT = {"teacher": "somewhere"}
 SGD = {"name": "sgd"}
+DRAWN = (
+    "model.sinks.init (bos) has no effect on sinks that are not loaded, which are drawn: "
+    "launch.convert copies the embedding."
+)
 TIED = {"gate": "key_tied", "feature_map": "sigmoid"}
 
 
@@ -90,8 +94,12 @@ TIED = {"gate": "key_tied", "feature_map": "sigmoid"}
         ),
         (
             {"model": {"bos_token_id": 1, "sinks": {"num_tokens": 2, "init": "bos"}}},
-            ["model.sinks.init (bos) has no effect without init.checkpoint: it is launch.convert "
-             "that copies the embedding, and sinks that are not loaded are drawn."],
+            [DRAWN],
+        ),
+        (
+            {"model": {"bos_token_id": 1, "sinks": {"num_tokens": 2, "init": "bos"}},
+             "init": {"checkpoint": "somewhere", "new": ["sinks.*"]}},
+            [DRAWN],
         ),
         (
             {"model": {"mixers": "L+S L+F", "branches": {"merge": "learned"}, "bos_token_id": 1,
