@@ -9,6 +9,7 @@ Shape letters: M rows, E experts, I features in, O features out.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+logger = logging.getLogger(__name__)
 
 # Private in older releases.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -150,14 +153,34 @@ def _takes(left: Tensor, right: Tensor) -> bool:
 
     On a CPU it is a loop too (torch 2.13), no faster and not in float64.
     """
-    if _grouped_mm is None or left.device.type == "cpu" or left.dtype is not torch.bfloat16:
+    if left.device.type == "cpu" or left.numel() == 0 or right.numel() == 0:
         return False
-    if left.numel() == 0 or right.numel() == 0:
-        return False
-    widths = (left.shape[-1], *right.shape[1:])
-    if any(width * left.element_size() % _ALIGNMENT_BYTES for width in widths):
-        return False
-    return _computes(left.device, left.dtype)
+    obstacle = _obstacle(left, right)
+    if obstacle is not None:
+        _warn_once(obstacle)
+    return obstacle is None
+
+
+def _obstacle(left: Tensor, right: Tensor) -> str | None:
+    """Why torch's grouped matmul does not compute a product of these, None where it does."""
+    if _grouped_mm is None:
+        return f"torch {torch.__version__} has none"
+    if left.dtype is not torch.bfloat16:
+        return f"it takes torch.bfloat16, got {left.dtype}"
+    for width in (left.shape[-1], *right.shape[1:]):
+        if width * left.element_size() % _ALIGNMENT_BYTES:
+            return f"it takes rows of whole {_ALIGNMENT_BYTES} bytes, got {width} channels"
+    return None if _computes(left.device, left.dtype) else f"it does not compute on {left.device}"
+
+
+@functools.cache
+def _warn_once(obstacle: str) -> None:
+    """Say that experts are slower than they could be; the same words only once."""
+    logger.warning(
+        "torch's grouped matmul is not used for experts (%s): a loop over them computes instead, "
+        "and waits for the device.",
+        obstacle,
+    )
 
 
 @functools.cache

@@ -2,5 +2,5 @@
 
 from typing import Any
 
-STRICT: dict[str, Any] = {"extra": "forbid"}
-"""Unknown keys are refused when a mapping is validated."""
+STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
+"""Unknown keys, and numbers that are infinite or none, are refused when a mapping is validated."""

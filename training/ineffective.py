@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 from models.config import ModelConfig
 from models.expert_config import Balance
-from models.layer_pattern import FfnKind
+from models.layer_pattern import FfnKind, MixerKind
+from models.mixer_config import GateKind, SinkInit
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
-from training.config import DistillConfig, OptimizerConfig, OptimizerName, RunConfig
+from training.config import DistillConfig, InitConfig, OptimizerConfig, OptimizerName, RunConfig
+
+SINKS = "sinks.weight"
+"""The parameter of sink tokens."""
 
 
 def ineffective_options(config: RunConfig) -> list[str]:
@@ -19,6 +24,8 @@ def ineffective_options(config: RunConfig) -> list[str]:
         *_of_layout(config.parallel),
         *_of_teacher(config.distill, has_teacher=config.training.teacher is not None),
         *_of_optimizer(config.optimizer),
+        *_of_mixers(config.model),
+        *_of_sinks(config.model, config.init),
         *_of_experts(config.model, config.parallel),
     ]
 
@@ -52,14 +59,46 @@ def _of_optimizer(optimizer: OptimizerConfig) -> list[str]:
     return _changed("optimizer", optimizer, ("beta1", "beta2", "eps"), "for optimizer.name sgd")
 
 
+def _of_mixers(model: ModelConfig) -> list[str]:
+    lines, linear, where = [], model.linear, f"for model.mixers {model.mixers}"
+    if all(len(mixers) < 2 for mixers in model.layers.mixers):
+        lines += _changed("model.branches", model.branches, _names(model.branches), where)
+    if not _has(model, MixerKind.linear):
+        lines += _changed("model.linear", linear, _names(linear), where)
+    elif linear.gate is GateKind.key_tied:
+        names = ("gate_low_rank_dim", "gate_logit_normalizer")
+        lines += _changed("model.linear", linear, names, "for model.linear.gate key_tied")
+    return lines
+
+
+def _of_sinks(model: ModelConfig, init: InitConfig) -> list[str]:
+    lines, sinks, where = [], model.sinks, f"for model.mixers {model.mixers}"
+    if not model.uses_sinks:
+        return _changed("model.sinks", sinks, _names(sinks), "for model.sinks.num_tokens 0")
+    if not _has(model, MixerKind.full, MixerKind.sliding_window):
+        lines += _changed("model.sinks", sinks, ("rope",), where)
+    if not _has(model, MixerKind.linear):
+        lines += _changed("model.sinks", sinks, ("through_linear",), where)
+    are_new = init.checkpoint is None or any(fnmatchcase(SINKS, each) for each in init.new)
+    if sinks.init is SinkInit.bos and are_new:
+        lines.append(
+            "model.sinks.init (bos) has no effect on sinks that are not loaded, which are drawn: "
+            "launch.convert copies the embedding."
+        )
+    return lines
+
+
+def _has(model: ModelConfig, *kinds: MixerKind) -> bool:
+    return any(kind in mixers for mixers in model.layers.mixers for kind in kinds)
+
+
 def _of_experts(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
     moe = model.moe
     if FfnKind.mixture_of_experts not in model.layers.ffns:
         where = f"for model.ffns {model.ffns}"
-        names = [each.name for each in fields(moe)]
         return [
             *_changed("parallel", parallel, ("ep",), where),
-            *_changed("model.moe", moe, names, where),
+            *_changed("model.moe", moe, _names(moe), where),
         ]
     lines, where = [], f"for model.moe.balance {moe.balance.value}"
     if moe.balance in (Balance.none, Balance.bias):
@@ -72,12 +111,15 @@ def _of_experts(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
 def options_set(group: str, config: Any) -> dict[str, str]:
     """The options of a config node that are not at their defaults: key and value as in YAML."""
     default = type(config)()
-    names = [each.name for each in fields(config)]
     return {
         f"{group}.{name}": str(_word(getattr(config, name)))
-        for name in names
+        for name in _names(config)
         if getattr(config, name) != getattr(default, name)
     }
+
+
+def _names(config: Any) -> list[str]:
+    return [each.name for each in fields(config)]
 
 
 def _changed(group: str, config: Any, names: Sequence[str], where: str) -> list[str]:

@@ -81,7 +81,12 @@ def check_recomputation(
 
 
 def _check_modules(training: TrainingConfig, model: ModelConfig, layers: frozenset[int]) -> None:
-    """Each module must be there, in the model and on the named stages."""
+    """Each module must be there, in the model and on the named stages; a layer or its experts."""
+    if set(_EXPERTS) <= set(training.recompute_modules):
+        raise ValueError(
+            f"training.recompute_modules ({[m.value for m in training.recompute_modules]}) must "
+            "not have both experts and expert_layers, which hold them. Remove one of the two."
+        )
     everywhere = frozenset(range(model.num_hidden_layers))
     for module in training.recompute_modules:
         if not _with_module(module, everywhere, model):

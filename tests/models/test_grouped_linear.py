@@ -98,6 +98,40 @@ def test_wrong_products_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not models.grouped_linear._computes.__wrapped__(cpu, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "width", "has_kernel", "reason"),
+    [
+        (torch.float32, 64, True, "it takes torch.bfloat16, got torch.float32"),
+        (torch.bfloat16, 60, True, "it takes rows of whole 16 bytes, got 60 channels"),
+        (torch.bfloat16, 64, True, "it does not compute on meta"),
+        (torch.bfloat16, 64, False, f"torch {torch.__version__} has none"),
+    ],
+)
+def test_a_loop_on_a_device_says_why_once(
+    dtype: torch.dtype,
+    width: int,
+    has_kernel: bool,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On any device but a CPU, where the loop is as good."""
+
+    def product(*operands: Tensor, offs: Tensor) -> Tensor:
+        raise RuntimeError("not on this device")
+
+    models.grouped_linear._warn_once.cache_clear()
+    models.grouped_linear._computes.cache_clear()
+    monkeypatch.setattr(models.grouped_linear, "_grouped_mm", product if has_kernel else None)
+    for device in ("cpu", "meta", "meta"):
+        left = torch.empty(4, width, dtype=dtype, device=device)
+        assert not models.grouped_linear._takes(left, left.new_empty(2, width, 32))
+    assert caplog.messages == [
+        f"torch's grouped matmul is not used for experts ({reason}): a loop over them computes "
+        "instead, and waits for the device."
+    ]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_gpu_computes_the_same(name: str) -> None:

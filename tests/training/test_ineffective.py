@@ -22,6 +22,11 @@ def config_with(**changes: Any) -> RunConfig:
 
 TAUGHT = {"teacher": "somewhere"}
 SGD = {"name": "sgd"}
+DRAWN = (
+    "model.sinks.init (bos) has no effect on sinks that are not loaded, which are drawn: "
+    "launch.convert copies the embedding."
+)
+TIED = {"gate": "key_tied", "feature_map": "sigmoid"}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,40 @@ SGD = {"name": "sgd"}
             ["model.moe.bias_update_rate (0.1) has no effect for model.moe.balance row."],
         ),
         ({"model": {"ffns": "e*2", "moe": {"balance_coefficient": 0.1, "top_k": 2}}}, []),
+        (
+            {"model": {"branches": {"merge": "mean"}, "sinks": {"rope": "none"}}},
+            ["model.branches.merge (mean) has no effect for model.mixers L S.",
+             "model.sinks.rope (none) has no effect for model.sinks.num_tokens 0."],
+        ),
+        (
+            {"model": {"mixers": "F S", "linear": {"norm_eps": 1e-5},
+                       "sinks": {"num_tokens": 2, "through_linear": False}}},
+            ["model.linear.norm_eps (1e-05) has no effect for model.mixers F S.",
+             "model.sinks.through_linear (false) has no effect for model.mixers F S."],
+        ),
+        (
+            {"model": {"mixers": "L L", "linear": {**TIED, "gate_low_rank_dim": 8},
+                       "sinks": {"num_tokens": 2, "rope": "absolute"}}},
+            ["model.linear.gate_low_rank_dim (8) has no effect for model.linear.gate key_tied.",
+             "model.sinks.rope (absolute) has no effect for model.mixers L L."],
+        ),
+        (
+            {"model": {"bos_token_id": 1, "sinks": {"num_tokens": 2, "init": "bos"}}},
+            [DRAWN],
+        ),
+        (
+            {"model": {"bos_token_id": 1, "sinks": {"num_tokens": 2, "init": "bos"}},
+             "init": {"checkpoint": "somewhere", "new": ["sinks.*"]}},
+            [DRAWN],
+        ),
+        (
+            {"model": {"mixers": "L+S L+F", "branches": {"merge": "learned"}, "bos_token_id": 1,
+                       "linear": {**TIED, "gate_offset": 1.0},
+                       "sinks": {"num_tokens": 2, "init": "bos", "rope": "none",
+                                 "through_linear": False}},
+             "init": {"checkpoint": "somewhere"}},
+            [],
+        ),
         ({"optimizer": {"beta1": 0.8, "eps": 1e-6}}, []),
         ({"optimizer": {**SGD, "weight_decay": 0.2}}, []),
         (

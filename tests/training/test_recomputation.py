@@ -145,6 +145,15 @@ def test_experts_are_recomputed_where_they_are() -> None:
         check_recomputation(config("selective", "experts"), MODEL, ParallelConfig(), stages)
 
 
+def test_experts_and_their_layers_are_one_too_many() -> None:
+    model = tiny_config(mixers="L S L", ffns="d e e")
+    stages = cut(model, ParallelConfig(), sequence_length=16)
+    message = r"training.recompute_modules \(\['experts', 'expert_layers'\]\) must not have both"
+    both = config("selective", "experts", "expert_layers")
+    with pytest.raises(ValueError, match=message):
+        check_recomputation(both, model, ParallelConfig(), stages)
+
+
 def test_selective_recomputation_is_for_every_schedule() -> None:
     parallel = ParallelConfig(pp=3, schedule=PipelineSchedule.zero_bubble)
     stages = cut(MODEL, parallel, sequence_length=16)
