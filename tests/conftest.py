@@ -1,10 +1,12 @@
-"""The order of all tests."""
+"""The order of all tests, and which shared comparisons say what differed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
+pytest.register_assert_rewrite("tests.parallel.engine_oracle")
 
 FIRST = ("parallel", "training", "launch")
 """Folders of tests with ranks and processes of their own: what is long must not begin last."""
