@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 QUICKSTART ?= full
 MODEL ?= hybrid
-# Files of tests beside each other; half of the tests have ranks of their own, so two fill 2 cores.
+# Files of tests beside each other, in the order of tests/conftest.py; half of the tests have ranks
+# of their own, so two fill 2 cores.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: setup quickstart test check lint types contracts clean

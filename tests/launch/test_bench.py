@@ -22,6 +22,12 @@ from parallel.backend.cpu import CpuBackend
 from tests.launch.tiny_bench import setting
 from tests.models.tiny import tiny_config
 
+EACH = [
+    pytest.param(name, dtype, marks=pytest.mark.slow if is_second else ())
+    for name in sorted(set(SUITES) - {"parallel"})
+    for dtype, is_second in ((torch.bfloat16, False), (torch.float32, name != "step"))
+]
+
 
 @pytest.fixture
 def short_decode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,8 +35,7 @@ def short_decode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_decode")
-@pytest.mark.parametrize("name", sorted(set(SUITES) - {"parallel"}))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), EACH, ids=str)
 def test_every_suite_measures_every_row(name: str, dtype: torch.dtype) -> None:
     rows = list(SUITES[name](setting(dtype=dtype)))
     assert rows

@@ -35,9 +35,14 @@ CONFIG_NAMES = {
 }
 
 
-@pytest.mark.parametrize("teacher", [False, True])
+QUICK = [(Size.full, True), (Size.ci, False)]
+SLOW = [
+    pytest.param(*each, marks=pytest.mark.slow) for each in [(Size.full, False), (Size.ci, True)]
+]
+
+
+@pytest.mark.parametrize(("size", "teacher"), [*QUICK, *SLOW])
 @pytest.mark.parametrize("target", list(Target))
-@pytest.mark.parametrize("size", list(Size))
 def test_every_part_is_a_command_line_that_composes(
     tmp_path: Path, size: Size, target: Target, teacher: bool
 ) -> None:

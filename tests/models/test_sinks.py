@@ -116,6 +116,10 @@ def test_a_packed_document_is_the_document(name: str) -> None:
     assert_close(logits[1:], model(TOKENS[1:], alone(1, 13)), relative=1e-12)
 
 
+COPIED = (2, 8)
+"""Tokens before which a decode state is copied: one while a window fills, one afterwards."""
+
+
 @pytest.mark.parametrize("spiking", [False, True], ids=["plain", "spikes"])
 @pytest.mark.parametrize("through", [True, False], ids=["through", "past"])
 @pytest.mark.parametrize("rope", SinkRope)
@@ -135,9 +139,10 @@ def test_decoding_is_the_forward_pass(
         for step in range(first, 13):
             kept = state.copy()
             logits, state = generation.decode_step(model, TOKENS[:, step], state, spikes=spikes)
-            again, _ = generation.decode_step(model, TOKENS[:, step], kept, spikes=spikes)
-            assert torch.equal(logits, again)
             assert_close(logits, expected[:, step], relative=1e-11)
+            if step in COPIED:
+                again, _ = generation.decode_step(model, TOKENS[:, step], kept, spikes=spikes)
+                assert torch.equal(logits, again)
 
 
 def test_a_decode_state_counts_the_keys_of_sinks() -> None:

@@ -35,7 +35,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline_cut import cut
 from parallel.teacher import TeacherSpec
 
-STEPS = 5
+STEPS = 3
 ROWS = 8
 TOKENS = 20
 STATISTICS_TOKENS = 16

@@ -1,12 +1,14 @@
-"""What the engine's tiny training runs must compute: the plain model with plain torch.
+"""What the engine's tiny training runs must compute, and how a run is compared with it.
 
-No engine and no ranks: whole rows in one pass, one long gradient vector, torch's optimizer on whole
-parameters, every expert on every token.
+The plain model with plain torch, no engine and no ranks: whole rows in one pass, one long gradient
+vector, torch's optimizer on whole parameters, every expert on every token.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,11 +43,43 @@ from tests.parallel.engine_cases import (
     teacher_model,
     trainable,
 )
+from tests.support.closeness import assert_close
 
+LOSS = 1e-10
+GRADIENT = 1e-9
 ROUTING = Routing(num_rows=ROWS, num_tokens=ROWS * TOKENS)
 
 
-def oracle(case: Case) -> Run:
+def assert_same_run(actual: Run, expected: Run) -> None:
+    """Losses, norms, gradients of the first step, final parameters and what routers did."""
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for parameter, gradient in expected.gradients.items():
+        assert_close(actual.gradients[parameter], gradient, relative=GRADIENT, name=parameter)
+    assert_close(actual.losses, expected.losses, relative=LOSS, name="losses")
+    assert_close(actual.norms, expected.norms, relative=GRADIENT, name="norms")
+    for parameter, value in expected.parameters.items():
+        assert_close(actual.parameters[parameter], value, relative=GRADIENT, name=parameter)
+    for found, wanted in zip(actual.routing, expected.routing, strict=True):
+        for metric, value in wanted.items():
+            assert_close(found[metric], value, relative=GRADIENT, name=metric)
+
+
+def assert_same_spikes(actual: Run, case: Case) -> None:
+    """Those of all channels and tokens, once each: whatever is cut, recomputed or traced."""
+    if not case.spiking:
+        assert actual.statistics == {}
+        return
+    plain = replace(case.oracle(), microbatch_rows=case.microbatch_rows)
+    assert actual.statistics == oracle_statistics(plain)
+
+
+@functools.cache
+def expected_run(case: Case) -> Run:
+    """The run of a layout's `oracle`, computed once for all layouts that share it."""
+    return oracle(case)
+
+
+def oracle(case: Case, *, num_steps: int = STEPS) -> Run:
     """The same run by the plain model in one pass a step."""
     model = plain_model(case)
     experts = made_dense(model)
@@ -55,7 +89,7 @@ def oracle(case: Case) -> Run:
     optimizer = _plain_optimizer(case.rule, groups, parameters)
     losses, norms, routing = [], [], []
     gradients: dict[str, Tensor] = {}
-    for step in range(STEPS):
+    for step in range(num_steps):
         rows = rows_of(step)
         sequence = SequenceContext.from_document_ids(rows.document_ids)
         loss = model(
@@ -116,6 +150,7 @@ def _plain_optimizer(
     return torch.optim.AdamW(arguments, betas=betas, eps=rule.eps, foreach=False)
 
 
+@functools.cache
 def oracle_statistics(case: Case) -> dict[str, float]:
     """What the plain model's neurons do in the first step, microbatch by microbatch."""
     model = plain_model(case)

@@ -42,21 +42,28 @@ AFTER = {"mixers": MIXERS, "branches": BranchConfig(norm=BranchNorm.after_output
 
 SHARED = replace(MOE, num_shared_experts=2, intermediate_size=16, balance=Balance.row)
 FEW = replace(SHARED, num_shared_experts=0, balance=Balance.none, capacity_factor=1.25)
-CUT_EXPERTS = [
+
+
+def short(**changes: Any) -> Job:
+    """Two microbatches where data is not shared out."""
+    return job_of(rows=4, **changes)
+
+
+EXPERTS_CUT = [
     (
-        job_of(model={"ffns": "d e d e", "moe": moe}, recompute=recompute, spiking=spiking),
+        short(model={"ffns": "d e d e", "moe": moe}, recompute=recompute, spiking=spiking),
         ParallelConfig(tp=2, sequence_parallel=is_cut),
     )
     for moe, recompute, spiking, is_cut in (
         (SHARED, NOTHING, SPIKING, True),
+        (FEW, Recomputation(blocks=ALL), TRAINED_THRESHOLDS, False),
+        (SHARED, Recomputation(norms=ALL, experts=frozenset({1, 3})), SPIKING, True),
+        (SHARED, Recomputation(norms=ALL, expert_layers=frozenset({1, 3})), SPIKING, True),
         (FEW, NOTHING, TRAINED_THRESHOLDS, False),
         (SHARED, Recomputation(blocks=ALL), SPIKING, True),
-        (FEW, Recomputation(blocks=ALL), TRAINED_THRESHOLDS, False),
         (replace(FEW, z_loss_coefficient=0.1), Recomputation(blocks=ALL), SPIKING, True),
         (FEW, Recomputation(blocks=ALL), SPIKING, True),
         (SHARED, Recomputation(norms=ALL, activations=ALL), SPIKING, True),
-        (SHARED, Recomputation(norms=ALL, experts=frozenset({1, 3})), SPIKING, True),
-        (SHARED, Recomputation(norms=ALL, expert_layers=frozenset({1, 3})), SPIKING, True),
         (SHARED, Recomputation(expert_layers=frozenset({1})), TRAINED_THRESHOLDS, False),
     )
 ]
@@ -99,40 +106,39 @@ WITH_SINKS = [
     ),
 ]  # fmt: skip
 
-CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
-    2: [
+CASES: dict[str, list[tuple[Job, ParallelConfig]]] = {
+    "2": [
         (job_of(), ParallelConfig(shard=Shard.none)),
         (job_of(), ParallelConfig(shard=Shard.gradients)),
         (job_of(), ParallelConfig(shard=Shard.parameters)),
         (job_of(precision=Precision.bf16), ParallelConfig(shard=Shard.parameters)),
-        (job_of(spiking=SPIKING), ParallelConfig(tp=2)),
+        (short(spiking=SPIKING), ParallelConfig(tp=2)),
         (
-            job_of(spiking=TRAINED_THRESHOLDS, recompute=WHOLE_BLOCKS, precision=Precision.fp64),
+            short(spiking=TRAINED_THRESHOLDS, recompute=WHOLE_BLOCKS, precision=Precision.fp64),
             ParallelConfig(tp=2),
         ),
-        (job_of(spiking=SPIKING), ParallelConfig(tp=2, sequence_parallel=True)),
-        (job_of(recompute=WHOLE_BLOCKS), ParallelConfig(tp=2, sequence_parallel=True)),
+        (short(spiking=SPIKING), ParallelConfig(tp=2, sequence_parallel=True)),
+        (short(recompute=WHOLE_BLOCKS), ParallelConfig(tp=2, sequence_parallel=True)),
         (
-            job_of(recompute=PARTS, spiking=SPIKING),
+            short(recompute=PARTS, spiking=SPIKING),
             ParallelConfig(tp=2, sequence_parallel=True),
         ),
         *(
-            (job_of(recompute=recompute, spiking=TRAINED_THRESHOLDS, model=model),
+            (short(recompute=recompute, spiking=TRAINED_THRESHOLDS, model=model),
              ParallelConfig(tp=2, sequence_parallel=is_cut))
             for model, recompute, is_cut in (
-                (BRANCHES, NOTHING, False), (BRANCHES, PARTS, True), (APART, PARTS, False),
-                (APART, WHOLE_BLOCKS, True), (AFTER, PARTS, True), (AFTER, NORMS, False),
+                (BRANCHES, PARTS, True), (APART, WHOLE_BLOCKS, True), (AFTER, PARTS, True),
             )
         ),
         (job_of(model=APART, precision=Precision.bf16), ParallelConfig(shard=Shard.parameters)),
-        (job_of(), ParallelConfig(pp=2)),
-        (job_of(), ParallelConfig(pp=2, schedule=PipelineSchedule.zero_bubble)),
-        (job_of(model={"tie_word_embeddings": True}), ParallelConfig(pp=2)),
+        (short(), ParallelConfig(pp=2)),
+        (short(), ParallelConfig(pp=2, schedule=PipelineSchedule.zero_bubble)),
+        (short(model={"tie_word_embeddings": True}), ParallelConfig(pp=2)),
         (
-            job_of(model={"tie_word_embeddings": True}, frozen=frozenset({"embedding.weight"})),
+            short(model={"tie_word_embeddings": True}, frozen=frozenset({"embedding.weight"})),
             ParallelConfig(pp=2),
         ),
-        *CUT_EXPERTS,
+        *EXPERTS_CUT[:4],
         *WITH_SINKS[::5],
         (job_of(model=EXPERTS), ParallelConfig(ep=2)),
         (
@@ -141,6 +147,18 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
         ),
         (job_of(model=EXPERTS, spiking=SPIKING), ParallelConfig(ep=2, shard=Shard.none)),
         (
+            job_of(model=FULL, recompute=Recomputation(expert_layers=frozenset({1, 3}))),
+            ParallelConfig(ep=2, shard=Shard.parameters),
+        ),
+    ],
+    "2 slow": [
+        *(
+            (short(recompute=recompute, spiking=TRAINED_THRESHOLDS, model=model),
+             ParallelConfig(tp=2))
+            for model, recompute in ((BRANCHES, NOTHING), (APART, PARTS), (AFTER, NORMS))
+        ),
+        *EXPERTS_CUT[4:],
+        (
             job_of(model=FULL, spiking=SPIKING, recompute=Recomputation(blocks=ALL)),
             ParallelConfig(ep=2),
         ),
@@ -148,12 +166,9 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
             job_of(model=EXPERTS, recompute=Recomputation(experts=frozenset({1}))),
             ParallelConfig(ep=2),
         ),
-        (
-            job_of(model=FULL, recompute=Recomputation(expert_layers=frozenset({1, 3}))),
-            ParallelConfig(ep=2, shard=Shard.parameters),
-        ),
     ],
-    4: [
+    "2 slow, sinks": WITH_SINKS,
+    "4 slow": [
         *(
             (job_of(model=FULL, spiking=SPIKING, recompute=recompute),
              ParallelConfig(ep=2, tp=2, sequence_parallel=True))
@@ -188,10 +203,10 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
 
 
 def counted(
-    rank: int, world_size: int, name: str
+    rank: int, world_size: int, cases: list[tuple[Job, ParallelConfig]]
 ) -> list[tuple[Counter[str], Counter[str], list[Traffic]]]:
     found = []
-    for job, parallel in GROUPS[name][1]:
+    for job, parallel in cases:
         run = RealRun.start(job, parallel)
         run.step(0)
         with CollectiveCount() as count:
@@ -201,16 +216,13 @@ def counted(
     return found
 
 
-GROUPS = {"2": (2, CASES[2]), "4": (4, CASES[4]), "sinks": (2, WITH_SINKS)}
-NAMES = ["2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("4", "sinks"))]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_calls_and_bytes_are_those_of_a_real_step(name: str, tmp_path: Path) -> None:
-    world_size, cases = GROUPS[name]
-    results = run_ranks(counted, world_size, name, tmp_path=tmp_path)
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(n, marks=pytest.mark.slow if "slow" in n else ()) for n in CASES]
+)
+def test_calls_and_bytes_are_those_of_a_real_step(ranks: str, tmp_path: Path) -> None:
+    results = run_ranks(counted, int(ranks[0]), CASES[ranks], tmp_path=tmp_path)
     routed = Kind.all_to_all.value
-    for index, (_, parallel) in enumerate(cases):
+    for index, (_, parallel) in enumerate(CASES[ranks]):
         totals = Counter[str]()
         for rank, result in enumerate(results):
             calls, size, planned = result[index]

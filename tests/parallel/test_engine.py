@@ -32,12 +32,9 @@ from tests.parallel.engine_cases import (
     train,
     train_step,
 )
-from tests.parallel.engine_oracle import oracle
+from tests.parallel.engine_oracle import assert_same_run, expected_run
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
-
-LOSS = 1e-10
-GRADIENT = 1e-9
 
 CASES = {
     "gradients": Case(),
@@ -82,23 +79,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return at
 
 
-@functools.cache
-def expected_run(case: Case) -> Run:
-    return oracle(case)
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_equals_one_plain_model(runs: Any, world_size: int, name: str) -> None:
     actual: Run = runs(world_size)[0][name]
     expected = expected_run(CASES[name].oracle())
-    assert actual.gradients.keys() == expected.gradients.keys()
-    for parameter, gradient in expected.gradients.items():
-        assert_close(actual.gradients[parameter], gradient, relative=GRADIENT, name=parameter)
-    assert_close(actual.losses, expected.losses, relative=LOSS, name="losses")
-    assert_close(actual.norms, expected.norms, relative=GRADIENT, name="norms")
-    for parameter, value in expected.parameters.items():
-        assert_close(actual.parameters[parameter], value, relative=GRADIENT, name=parameter)
+    assert_same_run(actual, expected)
     limit = CASES[name].rule.clip_norm
     assert limit is None or max(actual.norms) > limit, "clipping must be active once"
 

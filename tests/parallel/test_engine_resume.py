@@ -19,7 +19,6 @@ from parallel.mesh import Mesh, close, init
 from tests.parallel.engine_cases import (
     LEVELS,
     ROWS,
-    STEPS,
     Case,
     Rule,
     RuleName,
@@ -33,11 +32,11 @@ from tests.parallel.engine_cases import (
 from tests.support.closeness import assert_close
 from tests.support.distributed import run_ranks
 
-SAVED_AT = 3
+SAVED_AT, NUM_STEPS = 2, 4
 CASES = {
     "fp64": Case(parallel=LEVELS[Shard.gradients]),
-    "fp32": Case(parallel=LEVELS[Shard.parameters], precision=Precision.fp32, microbatch_rows=1),
-    "bf16": Case(parallel=LEVELS[Shard.gradients], precision=Precision.bf16, microbatch_rows=1),
+    "fp32": Case(parallel=LEVELS[Shard.parameters], precision=Precision.fp32, microbatch_rows=2),
+    "bf16": Case(parallel=LEVELS[Shard.gradients], precision=Precision.bf16, microbatch_rows=2),
     "none": Case(parallel=LEVELS[Shard.none]),
     "bias": Case(
         parallel=LEVELS[Shard.gradients],
@@ -79,14 +78,14 @@ def save_and_go_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     results = {}
     for name, case in CASES.items():
         mesh = init(CpuBackend(), case.parallel)
-        uninterrupted = train(build_engine(mesh, case), case)
+        uninterrupted = train(build_engine(mesh, case), case, last=NUM_STEPS)
         engine = build_engine(mesh, case)
         first = train(engine, case, last=SAVED_AT)
         save(folder / name, state_of(engine), {"num_updates": engine.num_updates}, mesh=mesh)
         saved = gather(mesh, state_of(engine))
         again = restored(mesh, case, folder / name)
         assert_equal(gather(mesh, state_of(again)), saved, name)
-        second = train(again, case, first=SAVED_AT)
+        second = train(again, case, first=SAVED_AT, last=NUM_STEPS)
         assert first.losses + second.losses == uninterrupted.losses, name
         assert first.norms + second.norms == uninterrupted.norms, name
         assert_equal(second.parameters, uninterrupted.parameters, name)
@@ -99,7 +98,10 @@ def load_elsewhere(rank: int, world_size: int, folder: Path) -> dict[str, tuple[
     for name, case in CASES.items():
         mesh = init(CpuBackend(), case.parallel)
         engine = restored(mesh, case, folder / name)
-        results[name] = (gather(mesh, state_of(engine)), train(engine, case, first=SAVED_AT))
+        results[name] = (
+            gather(mesh, state_of(engine)),
+            train(engine, case, first=SAVED_AT, last=NUM_STEPS),
+        )
     return results
 
 
@@ -130,7 +132,7 @@ def test_other_numbers_of_ranks_load_the_same_bits(
         for name, (tensors, run) in rank_results.items():
             assert_equal(tensors, expected[name][0], name)
             if CASES[name].precision is Precision.fp64:
-                losses = expected[name][1].losses[SAVED_AT:STEPS]
+                losses = expected[name][1].losses[SAVED_AT:NUM_STEPS]
                 assert_close(run.losses, losses, relative=1e-10, name=f"{name} losses")
 
 

@@ -6,7 +6,6 @@ routers' losses added up by their definition.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +15,15 @@ from models.expert_config import Balance, ExpertConfig, RouterScore
 from models.lesson import Goals
 from models.mixer_config import BranchConfig, BranchMerge
 from parallel.config import ParallelConfig, PipelineSchedule, Shard
-from tests.parallel.engine_cases import Case, Rule, RuleName, Run
-from tests.parallel.engine_oracle import oracle, oracle_statistics
+from tests.parallel.engine_cases import STEPS, Case, Rule, RuleName, Run
+from tests.parallel.engine_oracle import (
+    GRADIENT,
+    assert_same_run,
+    assert_same_spikes,
+    expected_run,
+)
 from tests.parallel.layout_runs import runs_of
 from tests.support.closeness import assert_close
-
-LOSS = 1e-10
-GRADIENT = 1e-9
 
 DROPLESS = ExpertConfig(
     num_experts=5, intermediate_size=12, balance_coefficient=0.5, z_loss_coefficient=0.05
@@ -121,37 +122,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return runs_of(LAYOUTS, QUICK, tmp_path_factory)
 
 
-@functools.cache
-def expected_run(case: Case) -> Run:
-    return oracle(case)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_dense_experts_in_one_process(runs: Any, name: str) -> None:
-    each = CASES[name]
-    actual: Run = runs(name)
-    expected = expected_run(each.oracle())
-    assert actual.gradients.keys() == expected.gradients.keys()
-    for parameter, gradient in expected.gradients.items():
-        assert_close(actual.gradients[parameter], gradient, relative=GRADIENT, name=parameter)
-    assert_close(actual.losses, expected.losses, relative=LOSS, name="losses")
-    assert_close(actual.norms, expected.norms, relative=GRADIENT, name="norms")
-    for parameter, value in expected.parameters.items():
-        assert_close(actual.parameters[parameter], value, relative=GRADIENT, name=parameter)
-    for found, wanted in zip(actual.routing, expected.routing, strict=True):
-        for metric, value in wanted.items():
-            assert_close(found[metric], value, relative=GRADIENT, name=metric)
+    assert_same_run(runs(name), expected_run(CASES[name].oracle()))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_spikes_are_counted_as_in_one_process(runs: Any, name: str) -> None:
     each = CASES[name]
     actual: Run = runs(name)
-    if not each.spiking:
-        assert actual.statistics == {}
-        return
-    assert any("expert_out" in metric for metric in actual.statistics)
-    assert actual.statistics == oracle_statistics(each)
+    assert_same_spikes(actual, each)
+    assert not each.spiking or any("expert_out" in metric for metric in actual.statistics)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -175,7 +156,7 @@ def test_the_cases_show_what_they_should(runs: Any) -> None:
     assert 0.01 < run.routing[0]["moe/balance_loss"] < 3
     assert 0.01 < run.routing[0]["moe/z_loss"] < 3
     bias = runs("dp2 none bias").parameters["blocks.1.ffn.router.selection_bias"]
-    assert 0 < float(bias.abs().max()) <= 5 * 0.02 + 1e-9
+    assert 0 < float(bias.abs().max()) <= STEPS * 0.02 + 1e-9
     load = runs("four rows").parameters["blocks.3.ffn.router.previous_load"]
     assert float(load.sum()) == pytest.approx(1.0, abs=1e-12)
     assert float(load.max()) > 1 / 5

@@ -6,7 +6,6 @@ The oracle is the plain model in one process, without any engine. Each parameter
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -20,12 +19,10 @@ from tests.parallel.engine_cases import (
     RuleName,
     Run,
 )
-from tests.parallel.engine_oracle import oracle, oracle_statistics
+from tests.parallel.engine_oracle import assert_same_run, assert_same_spikes, expected_run
 from tests.parallel.layout_runs import runs_of
 from tests.support.closeness import assert_close
 
-LOSS = 1e-10
-GRADIENT = 1e-9
 FLOAT32_LOSS = 1e-5
 FLOAT32_NORM = 1e-3
 
@@ -165,23 +162,11 @@ def test_the_quick_layouts_are_of_every_kind() -> None:
     assert len(CASES) == sum(len(cases) for cases in LAYOUTS.values()), "names are unique"
 
 
-@functools.cache
-def expected_run(case: Case) -> Run:
-    return oracle(case)
-
-
 @pytest.mark.parametrize("name", DOUBLE)
 def test_equals_one_process(runs: Any, name: str) -> None:
     each = CASES[name]
     actual: Run = runs(name)
-    expected = expected_run(each.oracle())
-    assert actual.gradients.keys() == expected.gradients.keys()
-    for parameter, gradient in expected.gradients.items():
-        assert_close(actual.gradients[parameter], gradient, relative=GRADIENT, name=parameter)
-    assert_close(actual.losses, expected.losses, relative=LOSS, name="losses")
-    assert_close(actual.norms, expected.norms, relative=GRADIENT, name="norms")
-    for parameter, value in expected.parameters.items():
-        assert_close(actual.parameters[parameter], value, relative=GRADIENT, name=parameter)
+    assert_same_run(actual, expected_run(each.oracle()))
     limit = each.rule.clip_norm
     assert limit is not None
     assert max(actual.norms) > limit, "clipping must be active once"
@@ -199,9 +184,4 @@ def test_equals_one_process_in_float32(runs: Any, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_spikes_are_counted_as_in_one_process(runs: Any, name: str) -> None:
     """Of all channels and tokens, once each: whatever is cut, recomputed or traced."""
-    each = CASES[name]
-    actual: Run = runs(name)
-    if not each.spiking:
-        assert actual.statistics == {}
-        return
-    assert actual.statistics == oracle_statistics(each)
+    assert_same_spikes(runs(name), CASES[name])

@@ -7,7 +7,6 @@ bfloat16 can be compared too, whose norms and gates lie in FSDP units of their o
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,10 @@ import torch
 
 from models.expert_config import Balance, ExpertConfig
 from models.mixer_config import BranchConfig, BranchMerge, BranchNorm, BranchProjections
-from parallel.backend.cpu import CpuBackend
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
-from parallel.mesh import init
+from parallel.engine import TorchEngine
 from tests.parallel.engine_cases import Case, Run, build_engine, train
-from tests.support.distributed import run_ranks
+from tests.parallel.layout_runs import runs_of
 
 STEPS = 2
 
@@ -70,19 +68,25 @@ CASES = {
     ),
 }
 
+QUICK = {
+    "dp4 parameters branches", "pp2 dp2 parameters interleaved", "tp2 pp2 sequence zero bubble",
+    "dp4 parameters experts", "tp2 dp2 parameters sequence experts",
+}  # fmt: skip
+"""For `make check`: every axis, with branches and with experts, in bfloat16 but once."""
+NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 
-def differences(rank: int, world_size: int) -> dict[str, list[str]]:
-    """What differs, by name, between a run with and one without recomputation."""
-    results: dict[str, list[str]] = {}
-    for name, each in CASES.items():
-        mesh = init(CpuBackend(), each.parallel)
-        kinds = ["selective", "recompute"] if each.moe else ["selective"]
-        kept, *again = (
-            train(build_engine(mesh, replace(each, **what)), each, last=STEPS)
-            for what in ({}, *({kind: True} for kind in kinds))
-        )
-        results[name] = [] if rank else [one for run in again for one in compare(kept, run)]
-    return results
+
+def differences(engine: TorchEngine, case: Case) -> list[str]:
+    """What differs between a run with and one without recomputation."""
+    kept = train(engine, case, last=STEPS)
+    again = [replace(case, selective=True)]
+    if case.moe:
+        again.append(replace(case, recompute=True))
+    return [
+        difference
+        for each in again
+        for difference in compare(kept, train(build_engine(engine.mesh, each), each, last=STEPS))
+    ]
 
 
 def compare(kept: Run, again: Run) -> list[str]:
@@ -99,12 +103,11 @@ def compare(kept: Run, again: Run) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    folder: Path = tmp_path_factory.mktemp("recompute")
-    result: dict[str, list[str]] = run_ranks(differences, 4, tmp_path=folder)[0]
-    return result
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The differences of a layout by its name."""
+    return runs_of({4: CASES}, QUICK, tmp_path_factory, differences)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_no_bit_changes(found: dict[str, list[str]], name: str) -> None:
-    assert found[name] == []
+@pytest.mark.parametrize("name", NAMES)
+def test_no_bit_changes(found: Any, name: str) -> None:
+    assert found(name) == []

@@ -33,6 +33,14 @@ def run_on_rank(rank: int, world_size: int, config: RunConfig) -> None:
     run(config)
 
 
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_ranks(run_on_rank, 2, tiny_run(data, folder / "run"), tmp_path=folder)
+    return folder / "run"
+
+
 def test_two_ranks_compute_what_one_does(data: Path, tmp_path: Path) -> None:
     """float64, spiking on, held-out rows that do not divide among the ranks."""
     changes: dict[str, Any] = {
@@ -73,10 +81,9 @@ def stop_on_rank(rank: int, world_size: int, config: RunConfig, stop_rank: int) 
 
 @pytest.mark.parametrize("stop_rank", [0, 1])
 def test_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(
-    data: Path, tmp_path: Path, stop_rank: int
+    data: Path, whole: Path, tmp_path: Path, stop_rank: int
 ) -> None:
-    changes = {"checkpoint": {"interval_steps": 100}}
-    config = tiny_run(data, tmp_path / "run", **changes)
+    config = tiny_run(data, tmp_path / "run", checkpoint={"interval_steps": 100})
     run_ranks(stop_on_rank, 2, config, stop_rank, tmp_path=tmp_path)
     stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert stopped == {"reason": "SIGTERM", "step": 3, "stage": "short"}
@@ -84,9 +91,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(
     assert len(rows_of(tmp_path / "run")) == 3
     run_ranks(run_on_rank, 2, config, tmp_path=tmp_path)
     assert not (tmp_path / "run" / "stopped.json").exists()
-    whole = tiny_run(data, tmp_path / "whole", **changes)
-    run_ranks(run_on_rank, 2, whole, tmp_path=tmp_path)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", whole)
 
 
 def limited_run(rank: int, world_size: int, config: RunConfig, limit: int) -> str:
@@ -103,7 +108,7 @@ def limited_run(rank: int, world_size: int, config: RunConfig, limit: int) -> st
     "limit", [20_000, *(pytest.param(n, marks=pytest.mark.slow) for n in (2_000, 60_000))]
 )
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(
-    data: Path, tmp_path: Path, limit: int
+    data: Path, whole: Path, tmp_path: Path, limit: int
 ) -> None:
     before = tiny_run(data, tmp_path / "run", training={"max_steps": 2})
     run_ranks(run_on_rank, 2, before, tmp_path=tmp_path)
@@ -118,8 +123,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(
     for name, tensor in saved_tensors(tmp_path / "run").items():
         assert torch.equal(tensor, expected[name])
     run_ranks(run_on_rank, 2, config, tmp_path=tmp_path)
-    run_ranks(run_on_rank, 2, tiny_run(data, tmp_path / "whole"), tmp_path=tmp_path)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_a_wrong_number_of_ranks_is_refused_by_every_rank(data: Path, tmp_path: Path) -> None:
