@@ -12,7 +12,7 @@ from models.activation_memory import block_footprint
 from models.config import ModelConfig, NeuronKind, SpikingConfig
 from models.head_memory import embedding_footprint, head_footprint
 from models.memory_tape import Footprint
-from models.operation_memory import Again, Workload
+from models.operation_memory import PLAIN_KERNELS, Again, Workload
 from models.recomputation import NOTHING, Recomputation
 from parallel.axes import axis_sizes, expert_axis_sizes
 from parallel.config import ParallelConfig, PipelineSchedule, Precision, Shard
@@ -194,6 +194,8 @@ class Assignment:
             narrow=self.job.narrow,
             shard=self.layout.shard,
             is_pipelined=is_pipelined,
+            # What runs the plain kernels is a processor, which talks through gloo.
+            copies_scattered=self.job.kernels == PLAIN_KERNELS,
             keeps_sent=is_pipelined and self.layout.parallel.schedule not in ONE_STAGE_A_RANK,
         )
 

@@ -20,7 +20,8 @@ class Rules:
 
     `is_pipelined`: torch's pipelining reduces gradients once, after a stage's last backward, and
     keeps parameters gathered until then. `keeps_sent`: its schedules of several stages a rank wait
-    for what they send at the end of the step only, and hold it until then.
+    for what they send at the end of the step only, and hold it until then. `copies_scattered`: a
+    reduce-scatter sums up in a copy of its input, as gloo does.
     """
 
     master: int
@@ -28,6 +29,7 @@ class Rules:
     shard: Shard
     is_pipelined: bool
     keeps_sent: bool = False
+    copies_scattered: bool = False
 
 
 @dataclass(slots=True)
@@ -148,6 +150,8 @@ class UnitReplay:
             ledger.add(-self.gradients.pop(unit))
             shard = unit.trained.shard * self.rules.master
             ledger.add(shard)
+            if unit.num_shards > 1 and self.rules.copies_scattered:
+                ledger.touch(self.reduce_input)
             # FSDP2 divides by its factor in another buffer where a copy has one shard.
             if unit.num_shards == 1 and unit.num_copies > 1:
                 ledger.touch(self.reduce_input)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -73,6 +75,22 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def combinations() -> Iterator[Any]:
+    """All of them; in every other one, which are quick, each value meets each of the others."""
+    values = (MODELS, SinkRope, (True, False), (False, True))
+    for places in itertools.product(*(enumerate(each) for each in values)):
+        name, rope, through, spiking = (value for _, value in places)
+        words = "through" if through else "past", "spikes" if spiking else "plain"
+        yield pytest.param(
+            name, rope, through, spiking,
+            id="-".join((name, rope.value, *words)),
+            marks=pytest.mark.slow if sum(place for place, _ in places) % 2 else (),
+        )  # fmt: skip
+
+
+COMBINATIONS = list(combinations())
+
+
 def config_of(
     name: str, rope: SinkRope = SinkRope.before, through_linear: bool = True
 ) -> ModelConfig:
@@ -86,10 +104,7 @@ def gradients(model: Model, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, tuple(names.values())), strict=True))
 
 
-@pytest.mark.parametrize("spiking", [False, True], ids=["plain", "spikes"])
-@pytest.mark.parametrize("through", [True, False], ids=["through", "past"])
-@pytest.mark.parametrize("rope", SinkRope)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "rope", "through", "spiking"), COMBINATIONS)
 def test_equals_sinks_in_front_of_every_document(
     name: str, rope: SinkRope, through: bool, spiking: bool
 ) -> None:
@@ -120,10 +135,7 @@ COPIED = (2, 8)
 """Tokens before which a decode state is copied: one while a window fills, one afterwards."""
 
 
-@pytest.mark.parametrize("spiking", [False, True], ids=["plain", "spikes"])
-@pytest.mark.parametrize("through", [True, False], ids=["through", "past"])
-@pytest.mark.parametrize("rope", SinkRope)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "rope", "through", "spiking"), COMBINATIONS)
 def test_decoding_is_the_forward_pass(
     name: str, rope: SinkRope, through: bool, spiking: bool
 ) -> None:

@@ -50,7 +50,7 @@ CASES = {
     "frozen": Case(frozen=True, microbatch_rows=1),
     "not-clipped": Case(rule=Rule(clip_norm=None), spiking=False),
 }
-WORLD_SIZES = (1, 2, 4)
+FOUR = pytest.param(4, marks=pytest.mark.slow)
 
 
 def every_case(rank: int, world_size: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [1, 2, FOUR])
 def test_equals_one_plain_model(runs: Any, world_size: int, name: str) -> None:
     actual: Run = runs(world_size)[0][name]
     expected = expected_run(CASES[name].oracle())
@@ -89,7 +89,7 @@ def test_equals_one_plain_model(runs: Any, world_size: int, name: str) -> None:
     assert limit is None or max(actual.norms) > limit, "clipping must be active once"
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+@pytest.mark.parametrize("world_size", [2, FOUR])
 def test_every_rank_holds_the_same_model(runs: Any, world_size: int) -> None:
     """Bitwise, also where each rank updates its own replica."""
     first, *others = runs(world_size)

@@ -122,7 +122,7 @@ def test_resumed_at_the_same_layout_is_bitwise_equal(saved: tuple[Path, dict[str
     assert list(saved[1]) == list(CASES)
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("world_size", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_numbers_of_ranks_load_the_same_bits(
     saved: tuple[Path, dict[str, Any]], world_size: int, tmp_path: Path
 ) -> None:

@@ -120,6 +120,12 @@ CASES: dict[int, list[tuple[Job, ParallelConfig]]] = {
         (job_of(), ParallelConfig(tp=2, sequence_parallel=True)),
         (job_of(model=BRANCHES), ParallelConfig(tp=2, sequence_parallel=True)),
         (job_of(model=APART), ParallelConfig(shard=Shard.parameters)),
+        # Weights that outweigh activations: the buffers of a reduction are the peak.
+        *(
+            (job_of(model=model, length=16, precision=Precision.bf16),
+             ParallelConfig(shard=Shard.parameters))
+            for model in ({"intermediate_size": 400}, WITH_SINKS | {"intermediate_size": 400})
+        ),
         (job_of(model=EVEN), ParallelConfig(ep=2)),
         (job_of(model=EVEN), ParallelConfig(ep=2, shard=Shard.parameters)),
         (job_of(model=EVEN), ParallelConfig(tp=2, sequence_parallel=True)),
