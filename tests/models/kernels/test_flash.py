@@ -219,7 +219,7 @@ def test_sinks_are_merged_forward_and_backward(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Three copies of the sinks, the last one for fewer queries.
-    monkeypatch.setattr(flash_sinks, "_QUERIES_A_COPY", 9)
+    monkeypatch.setattr(flash_sinks, "QUERIES_A_COPY", 9)
     operands = softmax_operands(2, queries, 11, dim=dim)
     operands += sink_operands(operands, 5, own_queries=own_queries)
     sequence = None if rows is None else documents(rows)
