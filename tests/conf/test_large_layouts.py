@@ -22,6 +22,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "cpt_7b": ("parallel.tp=4", "parallel.pp=8", "parallel.schedule=interleaved",
                "parallel.sequence_parallel=true"),
     "cpt_76b": (),
+    "spikingbrain_76b": (),
     "curriculum_tiny": (*SMALL, "parallel.dp_replicate=4", *(
         f"stages.cpt_{name}.global_batch_tokens=16_384" for name in ("8k", "32k", "128k"))),
     "quickstart_base": (*QUICKSTART, "stages.base.global_batch_tokens=65_536"),
